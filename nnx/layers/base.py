@@ -1,0 +1,190 @@
+"""`Layer`: a pair of passes written by hand, and `Step`: what a training step tells every layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Self, TypeAlias
+
+from nnx.backends import Array, Backend, StepState, backend_of
+from nnx.parameter import Parameter
+
+Saved: TypeAlias = Any
+"""Whatever a layer's backward needs from its forward; opaque to everybody else."""
+
+
+class Step:
+    """One training step, as the layers see it: where the random numbers come from.
+
+    Args:
+        seed: The run's seed.
+        state: Number of the step, on the host and on the device.
+        layers: The model's layers in traversal order; a layer's random stream is its index.
+    """
+
+    __slots__ = ("_streams", "_uses", "seed", "state")
+
+    def __init__(self, seed: int, state: StepState, layers: list[Layer]) -> None:
+        self.seed = seed
+        self.state = state
+        self._streams = {layer: i for i, layer in enumerate(layers)}
+        self._uses: dict[Layer, int] = {}
+
+    def begin(self) -> Self:
+        """Forget how often each layer was used in the last step."""
+        self._uses.clear()
+        return self
+
+    def draw(self, layer: Layer) -> tuple[int, int]:
+        """`(stream, use)` of the layer's next draw: its index, and a count within the step."""
+        try:
+            stream = self._streams[layer]
+        except KeyError:
+            raise ValueError(
+                f"{layer!r}: not one of the layers this step was made for; layers of a model are "
+                "fixed when its Trainer is built"
+            ) from None
+        use = self._uses[layer] = self._uses.get(layer, -1) + 1
+        return stream, use
+
+
+class Layer:
+    """A differentiable function of one array, with parameters or without.
+
+    A subclass writes `forward` and `backward`, keeps its `Parameter`s and inner layers in
+    attributes, and returns its constructor's arguments from `config`. What backward needs travels
+    in `saved`, never in `self`, so a layer may be used twice, or by two threads.
+    """
+
+    n_models: int | None = None
+    """Number of models K if arrays have a leading model axis. Declared, never guessed."""
+
+    def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:
+        """The output, and what `backward` needs.
+
+        Args:
+            x: The input; never written.
+            step: The running training step; None means evaluation.
+        """
+        raise NotImplementedError
+
+    def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:
+        """Add to the parameters' gradients and return the gradient of the input.
+
+        Args:
+            dy: Gradient with respect to the output; never written.
+            saved: What `forward` returned beside the output.
+            need_dx: If False, the input's gradient isn't computed and None is returned.
+        """
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Arguments that build this layer again, JSON values only; weights are not among them."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], children: dict[str, Layer]) -> Self:
+        """The layer of this `config` around these inner layers, its own weights any."""
+        return cls(**config, **children)
+
+    def __call__(self, x: Array) -> Array:
+        """The output in evaluation mode."""
+        return self.forward(x)[0]
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def children(self) -> Iterator[tuple[str, Layer]]:
+        """The inner layers by name, in attribute order."""
+        for name, value in vars(self).items():
+            if isinstance(value, Layer):
+                yield name, value
+
+    def layers(self) -> Iterator[Layer]:
+        """This layer and all inner ones, each once, outermost first."""
+        seen: set[Layer] = set()
+        pending: list[Layer] = [self]
+        while pending:
+            layer = pending.pop(0)
+            if layer not in seen:
+                seen.add(layer)
+                yield layer
+                pending[:0] = [child for _, child in layer.children()]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """The parameters by name ("weight", nested "0.weight"), shared ones once."""
+        seen: set[Parameter] = set()
+        for name, p in self._named_parameters():
+            if p not in seen:
+                seen.add(p)
+                yield name, p
+
+    def _named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Parameter):
+                yield name, value
+        for name, child in self.children():
+            for inner, p in child._named_parameters():
+                yield f"{name}.{inner}", p
+
+    def state(self) -> dict[str, Array]:
+        """All arrays that make up the layer, by name."""
+        return {name: p.value for name, p in self.parameters()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Copy arrays into the layer.
+
+        Raises:
+            ValueError: A name is missing or unknown, or a shape differs.
+            TypeError: A dtype differs.
+        """
+        own = self.state()
+        if own.keys() != state.keys():
+            missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+            raise ValueError(
+                f"load_state: expected the arrays {sorted(own)}, got {sorted(state)}; "
+                f"missing {missing}, unknown {unknown}"
+            )
+        for name, array in own.items():
+            new = state[name]
+            if array.shape != new.shape:
+                raise ValueError(f"load_state: expected {name} of shape {array.shape}, got {new.shape}")
+            if array.dtype != new.dtype:
+                raise TypeError(f"load_state: expected {name} of dtype {array.dtype}, got {new.dtype}")
+        for name, array in own.items():
+            array[...] = backend_of(array).asarray(state[name])
+
+    def to(self, backend: str | Backend) -> Self:
+        """Move the parameters, their gradients and the optimizer's state; returns the layer."""
+        from nnx.backends import get_backend
+
+        target = get_backend(backend) if isinstance(backend, str) else backend
+        for _, p in self.parameters():
+            if p.vector is not None:
+                p.vector.to(target)
+            else:
+                source = backend_of(p.value)
+                p.value = target.asarray(source.to_numpy(p.value))
+                p.grad = target.asarray(source.to_numpy(p.grad))
+        return self
+
+    def replicate(self, n_models: int) -> Self:
+        """A copy with a leading model axis: `n_models` models of the same weights, in one.
+
+        Arrays become `(K, N, ...)`, parameters `(K, ...)` and losses `(K,)`; the products run
+        batched. Give the models different weights by `load_state` or `p.value[k] = ...`.
+        """
+        if self.n_models is not None:
+            raise ValueError(f"replicate: {self!r} already holds {self.n_models} models")
+        new = copy.copy(self)
+        new.n_models = n_models
+        for name, value in vars(self).items():
+            if isinstance(value, Layer):
+                setattr(new, name, value.replicate(n_models))
+            elif isinstance(value, Parameter):
+                xp = backend_of(value.value).xp
+                stacked = xp.repeat(value.value[None], n_models, axis=0)
+                scales = {"lr_scale": value.lr_scale, "decay_scale": value.decay_scale}
+                setattr(new, name, Parameter(stacked, **scales))
+        return new

@@ -1,0 +1,376 @@
+"""`Trainer`: the training loop, made of small steps that can be called on their own."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnx.backends import Array, Backend, StepState, backend_of, resolve
+from nnx.backends.arena import Arena
+from nnx.backends.philox import SHUFFLE, check_seed, generator
+from nnx.data.arrays import check_features, check_labels
+from nnx.layers import Layer, Step
+from nnx.losses import Loss
+from nnx.metrics import Accuracy, Metric
+from nnx.optimizers import Optimizer
+from nnx.parameter import ParameterVector
+
+
+class History(dict[str, list[Any]]):
+    """What was measured in each epoch, by name: `history["loss"][-1]`.
+
+    `loss` is the mean over the epoch's samples while the parameters were changing, and so are the
+    training metrics; `validation_...` is measured at the epoch's end. With K models every entry is
+    an array `(K,)`.
+    """
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add an epoch."""
+        for name, value in record.items():
+            self.setdefault(name, []).append(value)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one row per epoch; with K models, columns `loss[0]`, `loss[1]`, ..."""
+        columns: dict[str, list[Any]] = {}
+        for name, values in self.items():
+            if np.ndim(values[0]):
+                columns |= {f"{name}[{k}]": [v[k] for v in values] for k in range(len(values[0]))}
+            else:
+                columns[name] = values
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+
+
+class Callback:
+    """Something to do while `fit` runs. Override what is needed."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Called after each training step. Reading an array here waits for the device."""
+
+    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> bool | None:
+        """Called after each epoch with its row of the history; True ends the training."""
+
+
+class Trainer:
+    """Trains a model on arrays.
+
+    Args:
+        model: Any `Layer`. Its parameters move to `backend` and into one flat vector.
+        loss: Compares the model's output with the target.
+        optimizer: Changes the parameters; belongs to this trainer from here on.
+        seed: Everything random in training follows from it: the order of the samples and the
+            dropout masks, on every backend the same.
+        backend: `"numpy"`, `"cupy"`, `"cupy:1"`, `"auto"` or a backend. By default the environment
+            variable `NNX_BACKEND`, else where the parameters are.
+
+    Attributes:
+        history: A row per epoch of every `fit`.
+        epoch: Number of finished epochs.
+
+    Raises:
+        ValueError: The model has no parameters, or its number of models isn't the loss's.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        seed: int = 0,
+        backend: str | Backend | None = None,
+    ) -> None:
+        parameters = [p for _, p in model.parameters()]
+        if not parameters:
+            raise ValueError("Trainer: expected a model with parameters, got none")
+        if model.n_models != loss.n_models:
+            raise ValueError(
+                f"Trainer: expected model and loss of one number of models, got {model.n_models} and "
+                f"{loss.n_models}; pass n_models={model.n_models} to the loss"
+            )
+        self.seed = check_seed(seed)
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        target = resolve(backend, default=backend_of(*(p.value for p in parameters)))
+        with target.activate():
+            model.to(target)
+            vector = parameters[0].vector  # a second trainer for the same model shares the vector
+            if vector is None or vector.parameters != tuple(parameters):
+                vector = ParameterVector(parameters, model.n_models)
+            self.vector = vector
+            optimizer.bind(vector)
+        self.history = History()
+        self.epoch = 0
+        self._arena = Arena(target.xp)
+        self._step = Step(self.seed, optimizer.steps, list(model.layers()))
+
+    @property
+    def backend(self) -> Backend:
+        """Where the parameters are."""
+        return self.vector.backend
+
+    # ---- one step ---------------------------------------------------------------------------------
+
+    def train_step(self, x: Array, t: Array, weight: Array | None = None) -> Array:
+        """Forward, loss, backward, update.
+
+        Args:
+            x: A batch, on the trainer's backend and of the parameters' dtype.
+            t: Its targets.
+            weight: Weight of each sample.
+
+        Returns:
+            The loss before the update, 0-d or `(K,)`, on the device; nothing waits for it.
+        """
+        with self.backend.activate(), self._begin(x.shape):
+            return self._train(x, t, weight)
+
+    def _begin(self, key: tuple[int, ...]) -> Arena:
+        """Make everything ready for a step on arrays of this shape."""
+        steps = self.optimizer.begin_step()
+        if self._step.state is not steps:  # the first step, or the model has moved
+            self._step.state = steps
+            self._arena = Arena(self.backend.xp)
+        return self._arena.step(key)
+
+    def _train(
+        self,
+        x: Array,
+        t: Array,
+        weight: Array | None = None,
+        metrics: Iterable[tuple[Metric, Array]] = (),
+    ) -> Array:
+        y, saved = self.model.forward(x, step=self._step.begin())
+        loss, dy = self.loss(y, t, weight)
+        self.model.backward(dy, saved, need_dx=False)
+        for metric, total in metrics:
+            metric.update(total, y, t)
+        steps = self._step.state
+        logged = steps.log[steps.position, ...]
+        self.optimizer.step(loss)
+        return logged
+
+    # ---- many steps -------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        x: Any,
+        t: Any,
+        *,
+        epochs: int = 1,
+        batch_size: int = 32,
+        sample_weight: Any = None,
+        validation: tuple[Any, Any] | None = None,
+        metrics: Sequence[Metric] | None = None,
+        callbacks: Sequence[Callback] = (),
+        shuffle: bool = True,
+        progress: bool = False,
+    ) -> History:
+        """Train for a number of epochs, more on top of those already done.
+
+        Args:
+            x: Samples along the first axis. Moved to the device once if they fit.
+            t: A target for each: class labels for a loss that classifies.
+            epochs: How often to go through the data.
+            batch_size: Samples in a step. The last step of an epoch takes what is left.
+            sample_weight: Non-negative weight of each sample in the loss.
+            validation: `(x, t)` to evaluate on after each epoch.
+            metrics: What to measure besides the loss; accuracy by default if the loss classifies.
+            callbacks: Called after each step and epoch.
+            shuffle: Whether each epoch takes the samples in a new order.
+            progress: Whether to show a progress bar on the standard error.
+
+        Returns:
+            The history, earlier epochs included.
+
+        Raises:
+            ValueError: The data don't fit together or aren't finite, or a label is out of range.
+            FloatingPointError: An epoch's loss is NaN or infinite.
+        """
+        if epochs < 0 or batch_size < 1:
+            raise ValueError(
+                f"fit: expected epochs >= 0 and batch_size >= 1, got {epochs} and {batch_size}"
+            )
+        with self.backend.activate():
+            data = self._data("fit", x, t, sample_weight)
+            held_out = None if validation is None else self._data("fit (validation)", *validation)
+            metrics = self._metrics(metrics)
+            bar = _progress_bar(epochs * math.ceil(data.n / batch_size)) if progress else None
+            try:
+                for _ in range(epochs):
+                    record = self._fit_epoch(data, batch_size, metrics, callbacks, shuffle, bar)
+                    if held_out is not None:
+                        scores = self._evaluate(held_out, max(batch_size, 512), metrics)
+                        record |= {f"validation_{name}": value for name, value in scores.items()}
+                    self.epoch += 1
+                    self.history.append({"epoch": self.epoch, **record})
+                    if bar is not None:
+                        shown = {k: f"{np.mean(v):.4f}" for k, v in record.items()}
+                        bar.set_postfix(shown, refresh=True)
+                    if not np.all(np.isfinite(record["loss"])):
+                        raise FloatingPointError(
+                            f"fit: the loss became {record['loss']} in epoch {self.epoch}; "
+                            "lower the learning rate, or scale the inputs to about [-1, 1]"
+                        )
+                    if any([callback.on_epoch_end(self, record) for callback in callbacks]):
+                        break
+            finally:
+                if bar is not None:
+                    bar.close()
+        return self.history
+
+    def _fit_epoch(
+        self,
+        data: _Data,
+        batch_size: int,
+        metrics: Sequence[Metric],
+        callbacks: Sequence[Callback],
+        shuffle: bool,
+        bar: Any,
+    ) -> dict[str, Any]:
+        n, backend = data.n, self.backend
+        order = np.arange(n)
+        if shuffle:
+            order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(n)
+        starts = np.arange(0, n, batch_size)
+        self.optimizer.plan(len(starts), order)
+        steps = self.optimizer.steps
+        log = steps.log
+        totals = [(metric, metric.start(backend, self.vector.n_models)) for metric in metrics]
+        for start in range(0, n, batch_size):
+            size = min(batch_size, n - start)
+            with self._begin((size, *data.shape)):
+                batch = data.gather(steps, batch_size, size)
+                self._train(*batch, metrics=totals)
+            if bar is not None:
+                bar.update()
+            for callback in callbacks:
+                callback.on_step_end(self)
+        share = np.add.reduceat(data.weights(order), starts)
+        losses = backend.to_numpy(log).astype(np.float64)  # the epoch's one wait for the device
+        mean = share @ losses / (share.sum() or 1.0)
+        record = {"loss": mean if mean.ndim else float(mean)}
+        for metric, total in totals:
+            record[metric.name] = metric.result(backend.to_numpy(total), n)
+        return record
+
+    def evaluate(
+        self,
+        x: Any,
+        t: Any,
+        *,
+        batch_size: int = 512,
+        sample_weight: Any = None,
+        metrics: Sequence[Metric] | None = None,
+    ) -> dict[str, Any]:
+        """Loss and metrics over a data set, without training; arguments as in `fit`."""
+        with self.backend.activate():
+            data = self._data("evaluate", x, t, sample_weight)
+            return self._evaluate(data, batch_size, self._metrics(metrics))
+
+    def _evaluate(self, data: _Data, batch_size: int, metrics: Sequence[Metric]) -> dict[str, Any]:
+        backend, n_models = self.backend, self.vector.n_models
+        totals = [(metric, metric.start(backend, n_models)) for metric in metrics]
+        share = data.weights(np.arange(data.n))
+        total_share = float(share.sum()) or 1.0
+        loss_sum: Array = 0.0
+        for start, x, t, *weight in data.slices(batch_size):
+            y = self.model(x)
+            part = float(share[start : start + batch_size].sum()) / total_share
+            loss_sum = loss_sum + self.loss(y, t, *weight, need_gradient=False)[0] * part
+            for metric, total in totals:
+                metric.update(total, y, t)
+        loss = backend.to_numpy(loss_sum)
+        record = {"loss": loss if loss.ndim else float(loss)}
+        for metric, total in totals:
+            record[metric.name] = metric.result(backend.to_numpy(total), data.n)
+        return record
+
+    def predict(self, x: Any, *, batch_size: int = 512) -> np.ndarray:
+        """The model's outputs `(N, ...)`, or `(K, N, ...)`, on the host: logits for `SoftmaxNLL`."""
+        with self.backend.activate():
+            features = self._features("predict", x)
+            data = _Data(self.backend, [features])
+            outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]
+            return np.concatenate(outputs, axis=0 if self.vector.n_models is None else 1)
+
+    # ---- data ---------------------------------------------------------------------------------------
+
+    def _features(self, who: str, x: Any) -> np.ndarray:
+        x = _to_host(x)
+        return np.asarray(check_features(x, who=who), self.vector.value.dtype)
+
+    def _data(self, who: str, x: Any, t: Any, weight: Any = None) -> _Data:
+        """Check a data set on the host, once, and put it where batches are taken from."""
+        features, target, dtype = self._features(who, x), _to_host(t), self.vector.value.dtype
+        if self.loss.classifies:
+            n_classes = self.model(self.backend.asarray(features[:1])).shape[-1]
+            target = check_labels(target, n_classes, len(features))
+        else:
+            target = target.astype(dtype)
+            if len(target) != len(features) or not np.isfinite(target).all():
+                raise ValueError(
+                    f"{who}: expected {len(features)} finite targets, one per sample, "
+                    f"got shape {target.shape}"
+                )
+        arrays = [features, target]
+        if weight is not None:
+            weight = _to_host(weight).astype(dtype)
+            if weight.shape != (len(features),) or not (weight >= 0).all():
+                raise ValueError(
+                    f"{who}: expected {len(features)} non-negative sample weights, "
+                    f"got shape {weight.shape}"
+                )
+            arrays.append(weight)
+        return _Data(self.backend, arrays)
+
+    def _metrics(self, metrics: Sequence[Metric] | None) -> Sequence[Metric]:
+        if metrics is not None:
+            return metrics
+        return (Accuracy(),) if self.loss.classifies else ()
+
+
+class _Data:
+    """Arrays of equally many samples, resident on the device if they fit."""
+
+    def __init__(self, backend: Backend, arrays: list[np.ndarray]) -> None:
+        self.backend = backend
+        self.n = len(arrays[0])
+        self.shape = arrays[0].shape[1:]
+        self.host = arrays
+        self.resident = backend.fits(sum(a.nbytes for a in arrays))
+        self.arrays = [backend.asarray(a) for a in arrays] if self.resident else arrays
+
+    def weights(self, order: np.ndarray) -> np.ndarray:
+        """The samples' weights in this order, float64; ones if there are none."""
+        return self.host[2][order].astype(np.float64) if len(self.host) == 3 else np.ones(self.n)
+
+    def gather(self, steps: StepState, batch_size: int, n: int) -> list[Array]:
+        """The batch of the planned step that is next."""
+        if self.resident:
+            return self.backend.gather_rows(self.arrays, steps, batch_size, n)
+        start = steps.position * batch_size
+        index = self.backend.to_numpy(steps.order)[start : start + n]
+        return [self.backend.asarray(a[index]) for a in self.arrays]
+
+    def slices(self, batch_size: int) -> Iterator[Any]:
+        """`(start, arrays)` of consecutive batches, in order."""
+        for start in range(0, self.n, batch_size):
+            yield start, *(self.backend.asarray(a[start : start + batch_size]) for a in self.arrays)
+
+
+def _to_host(a: Any) -> np.ndarray:
+    """`a` as a NumPy array, wherever it is."""
+    return backend_of(a).to_numpy(a) if hasattr(a, "__cuda_array_interface__") else np.asarray(a)
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="step", dynamic_ncols=True, leave=True)
