@@ -72,6 +72,10 @@ class StepState:
         """End a step: enter its loss in the log and count. Part of every optimizer's operation."""
         if loss is not None:
             self.log[self.position, ...] = loss
+        self.count()
+
+    def count(self) -> None:
+        """Count a finished step on the host."""
         self.number += 1
         self.position += 1
 
@@ -307,6 +311,7 @@ class XpBackend:
         rows = logits.shape[:-1]
         shifted = self.empty(logits.shape, dtype)
         xp.subtract(logits, logits.max(axis=-1, keepdims=True), out=shifted)
+        labels = xp.broadcast_to(labels, rows).astype(np.int64, copy=False)
         valid = (labels >= 0) & (labels < n_classes)
         at_label = xp.where(valid, labels, 0).ravel()
         at_label += n_classes * xp.arange(at_label.size)  # into the flat logits
@@ -401,17 +406,15 @@ class XpBackend:
         """
         xp, rate = self.xp, state.rate
         for w, g, (u,), lr_scale, decay_scale in _stretches(groups, value, grad, velocity):
-            update = self.empty(w.shape, w.dtype)
-            xp.multiply(w, weight_decay * decay_scale, out=update)
-            xp.add(update, g, out=update)
+            work = self.empty(w.shape, w.dtype)
+            g = self._decayed(g, w, weight_decay * decay_scale)
+            update = g
             if u is not None:
                 xp.multiply(u, momentum, out=u)
-                xp.add(u, update, out=u)
-                if nesterov:
-                    xp.add(update, momentum * u, out=update)
-                else:
-                    update = u
-            xp.subtract(w, (rate * lr_scale) * update, out=w)
+                xp.add(u, g, out=u)
+                update = xp.add(g, xp.multiply(u, momentum, out=work), out=work) if nesterov else u
+            xp.multiply(update, rate * lr_scale, out=work)
+            xp.subtract(w, work, out=w)
         state.advance(loss)
 
     def adam(
@@ -441,8 +444,7 @@ class XpBackend:
         correction2 = (1 - beta2**t) ** 0.5
         for w, g, (m_, v_), lr_scale, decay_scale in _stretches(groups, value, grad, m, v):
             work = self.empty(w.shape, w.dtype)
-            if weight_decay * decay_scale:
-                g = g + weight_decay * decay_scale * w
+            g = self._decayed(g, w, weight_decay * decay_scale)
             xp.multiply(m_, beta1, out=m_)
             xp.multiply(g, 1 - beta1, out=work)
             xp.add(m_, work, out=m_)
@@ -457,6 +459,13 @@ class XpBackend:
             xp.multiply(work, rate * lr_scale / correction1, out=work)
             xp.subtract(w, work, out=w)
         state.advance(loss)
+
+    def _decayed(self, grad: Array, value: Array, decay: float) -> Array:
+        """`grad + decay * value`; `grad` itself without decay, since 0 * inf is NaN."""
+        if decay == 0:
+            return grad
+        out = self.xp.multiply(value, decay, out=self.empty(value.shape, value.dtype))
+        return self.xp.add(grad, out, out=out)
 
     # ---- data -------------------------------------------------------------------------------------
 

@@ -308,6 +308,19 @@ def test_stratified_split_depends_on_the_seed_alone() -> None:
     np.testing.assert_array_equal(stratified_split(names, 0.25, 1)[1], first)
 
 
+def test_stratified_split_tests_the_first_of_each_class_in_the_stream() -> None:
+    t = np.random.default_rng(0).integers(0, 3, 500)
+    rng = np.random.Generator(np.random.Philox(key=np.array([8, 2**64 - 2], np.uint64)))
+    seen, expected = [0, 0, 0], []
+    test = stratified_split(t, 0.5, seed=8)[1]
+    quota = np.bincount(t[test]).tolist()
+    for index in rng.permutation(500).tolist():
+        if seen[t[index]] < quota[t[index]]:
+            seen[t[index]] += 1
+            expected.append(index)
+    np.testing.assert_array_equal(test, sorted(expected))
+
+
 def test_stratified_split_shuffles_within_a_class() -> None:
     counts = np.zeros(10)
     for seed in range(200):
@@ -415,8 +428,9 @@ def test_standardizer_matches_a_plain_loop(per_feature: bool, dtype: type) -> No
 
 
 @pytest.mark.parametrize("rows", [1, 2, 1000, 70_001])  # the last: more than one block
-def test_standardizer_leaves_constant_columns_at_zero(rows: int) -> None:
-    x = np.full((rows, 3), 0.1, np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_standardizer_leaves_constant_columns_at_zero(rows: int, dtype: type) -> None:
+    x: Array = np.full((rows, 3), 0.1, dtype)
     x[:, 1] = 1e20
     x[:, 2] = -7
     standardizer = Standardizer.fit(x)
@@ -676,6 +690,14 @@ def test_read_npz_finds_a_flipped_bit(tmp_path: Path) -> None:
         read_npz(tmp_path / "bad.npz")
 
 
+def test_read_npz_finds_a_broken_compression(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "bad.npz", x=np.arange(1000.0), y=np.zeros(1000, np.int64))
+    data = (tmp_path / "bad.npz").read_bytes()
+    (tmp_path / "bad.npz").write_bytes(data[:60] + b"\xff" * 40 + data[100:])
+    with pytest.raises(ValueError, match="Error -3 while decompressing"):
+        read_npz(tmp_path / "bad.npz")
+
+
 def test_npy_and_npz_mixed_up(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.eye(2))
     (tmp_path / "a.npy").rename(tmp_path / "b.npz")
@@ -726,6 +748,8 @@ def test_read_data_maps_a_float32_npy_from_disk(tmp_path: Path) -> None:
     while not isinstance(base, np.memmap) and base is not None:
         base = base.base
     assert isinstance(base, np.memmap)
+    assert Path(str(base.filename)) == tmp_path / "x.npy"
+    assert base.base is not None  # a copy of a memmap has the type, but no file under it
 
 
 def test_read_data_table_and_npz(tmp_path: Path) -> None:

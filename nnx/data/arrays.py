@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nnx.backends.philox import SPLIT, generator
+
 Array = npt.NDArray[Any]
 Features = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int64]
 Classes = tuple[int | str, ...]
-
-_SPLIT_STREAM = 2**64 - 1  # Philox key word 1; layers use small numbers, so no stream is shared
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,10 +246,7 @@ def stratified_split(
         )
     _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
     sizes = _apportion(counts, n_test)
-    rng = np.random.Generator(
-        np.random.Philox(key=np.array([seed, _SPLIT_STREAM], dtype=np.uint64))
-    )
-    order = rng.permutation(len(labels))
+    order = generator(seed, SPLIT).permutation(len(labels))
     members = order[np.argsort(group[order], kind="stable")]  # class by class, each in random order
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     in_test = np.zeros(len(labels), dtype=bool)

@@ -235,7 +235,7 @@ def make_datasets(
 
 
 def require(module: str, who: str) -> ModuleType:
-    """Import an optional module, or raises an ImportError that names the extra to install."""
+    """Import an optional module, or raise an ImportError that names the extra to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -345,13 +345,15 @@ def _open_table(path: PathLike) -> Any:
         raise ValueError(
             f"{path}: expected a {kind} table, got one that can't be read ({error}); check the file"
         ) from error
+    seen: set[str] = set()
     for position, name in enumerate(names):
-        if not name or name in names[:position]:
+        if not name or name in seen:
             got = f"{name!r} twice" if name else "an empty name (a pandas index?)"
             raise ValueError(
                 f"{path}: expected a header with a different name for each column, got {got} at "
                 f"column {position}; name the columns in the first line"
             )
+        seen.add(name)
     if all(map(_is_number, names)) and names != [str(i) for i in range(len(names))]:
         raise ValueError(
             f"{path}: expected column names in the first line, got {len(names)} numbers; "

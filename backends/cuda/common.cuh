@@ -1,0 +1,73 @@
+// Put before each .cu file when it is compiled. NVRTC: no host headers, no INFINITY.
+//
+// Conventions: extern "C" kernels `<op>_f32` and `<op>_f64` around one template; scalars are
+// `long long` and `double`; every index is 64-bit; blocks are 256 threads, the grid is 1-D and any
+// size; arrays are C-contiguous. No floating-point atomics: every sum has one fixed order, so
+// results repeat bit for bit.
+#pragma once
+
+typedef long long i64;
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef unsigned char u8;
+
+#define THREADS 256
+#define WARPS (THREADS / 32)
+#define ALL 0xffffffffu
+
+__device__ inline void lowest(float& x) { x = __int_as_float(0xff800000); }
+__device__ inline void lowest(double& x) { x = __longlong_as_double(0xfff0000000000000ll); }
+__device__ inline void not_a_number(float& x) { x = __int_as_float(0x7fffffff); }
+__device__ inline void not_a_number(double& x) { x = __longlong_as_double(0x7fffffffffffffffll); }
+
+// The butterfly gives every lane the same sum, added in the same order.
+template <typename T> __device__ inline T warp_sum(T v)
+{
+    for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(ALL, v, lane);
+    return v;
+}
+
+template <typename T> __device__ inline T warp_max(T v)
+{
+    for (int lane = 16; lane > 0; lane /= 2) {
+        T other = __shfl_xor_sync(ALL, v, lane);
+        v = other > v ? other : v;
+    }
+    return v;
+}
+
+// Sum over the block, valid in thread 0. May be called again at once.
+template <typename T> __device__ inline T block_sum(T v)
+{
+    __shared__ T partial[WARPS];
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    T total = T(0);
+    if (threadIdx.x == 0) {
+        for (int w = 0; w < WARPS; ++w) total += partial[w];
+    }
+    __syncthreads();
+    return total;
+}
+
+// True in every thread of the block that finishes last; it then sees what all others have written.
+// The ticket is an integer, 0 before and 0 after.
+__device__ inline bool last_block(u32* ticket)
+{
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
+
+// A value another block has written during this kernel: read past this block's own cache.
+template <typename T> __device__ inline T read_shared(const T* p)
+{
+    return *(const volatile T*)p;
+}

@@ -1,0 +1,604 @@
+"""The CUDA backend: `XpBackend` on CuPy, with raw kernels where a pass over memory is saved.
+
+The only module that imports CuPy. Kernels live in `cuda/*.cu`, are compiled when first used, and
+are launched by `CupyBackend._launch` alone. Nothing here waits for the device but `to_numpy`,
+`synchronize` and the upload of pageable memory by `asarray`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from nnx.backends.base import Array, BackendUnavailable, Groups, StepState, XpBackend
+from nnx.backends.philox import drop_threshold
+
+THREADS = 256  # of a block, in every kernel
+WARPS = THREADS // 32
+
+# Parameters of each kernel, in order: arrays "T" (the kernel's dtype), "u32", "u8", "i64" and "f64",
+# "=" before those it writes, "?" behind those that may be None; scalars "int", "uint" and "float".
+_KERNELS = {
+    "relu": ("relu.cu", "=T =u32 T int"),
+    "relu_backward": ("relu.cu", "=T T u32 int"),
+    "bias_relu": ("relu.cu", "=T =u32 T int int"),
+    "bias_backward": ("relu.cu", "=T =T? T u32? int int int"),
+    "softmax_nll": (
+        "softmax_nll.cu",
+        "=T =T? =T =u32 T i64 T? T? T? float float int int int int int int int",
+    ),
+    "dropout": ("dropout.cu", "=T =u8 T i64 uint uint uint uint float int"),
+    "dropout_backward": ("dropout.cu", "=T T u8 float int"),
+    "sgd": (
+        "optimizers.cu",
+        "=T =T? =T =i64 =u32 T T? f64 u8 f64 float int float int int",
+    ),
+    "adam": (
+        "optimizers.cu",
+        "=T =T =T =T =i64 =u32 T T? f64 u8 f64 float float float float int int",
+    ),
+    "gather_rows": ("batch.cu", "=u32? =u32? =u32? u32? u32? u32? i64 i64 int int int int int"),
+    "count_correct": ("batch.cu", "=i64 T i64 int int int int"),
+}
+_DTYPES = {
+    "u32": np.dtype(np.uint32),
+    "u8": np.dtype(np.uint8),
+    "i64": np.dtype(np.int64),
+    "f64": np.dtype(np.float64),
+}
+_SCALARS = {"int": np.int64, "uint": np.uint64, "float": np.float64}
+_SUFFIX = {np.dtype(np.float32): "_f32", np.dtype(np.float64): "_f64"}
+
+
+def source(name: str) -> str:
+    """The text of a `.cu` file as it is compiled."""
+    folder = files("nnx.backends").joinpath("cuda")
+    return folder.joinpath("common.cuh").read_text() + folder.joinpath(name).read_text()
+
+
+class CupyStepState(StepState):
+    """A `StepState` whose numbers are on the device too, where the kernels read them.
+
+    `plan` copies from pinned memory on the current stream, so it waits for nothing.
+    """
+
+    def __init__(self, backend: CupyBackend) -> None:
+        super().__init__(backend)
+        xp = backend.xp
+        self.counters = xp.zeros(2, np.int64)
+        self.device_rates = xp.zeros(0, np.float64)
+        self._staged: deque[tuple[Any, Any]] = deque()
+
+    def plan(
+        self,
+        rates: np.ndarray,
+        *,
+        dtype: Any,
+        n_models: int | None = None,
+        order: np.ndarray | None = None,
+    ) -> None:
+        """As in `StepState`, and on the device."""
+        super().plan(rates, dtype=dtype, n_models=n_models)
+        self.counters = self._upload(np.array([self.number, 0]), self.counters)
+        self.device_rates = self._upload(rates, self.device_rates)
+        if order is not None:
+            self.order = self._upload(order.astype(np.int64), None)
+
+    def _upload(self, host: np.ndarray, out: Array | None) -> Array:
+        """Copy `host` to `out` if that has its shape, else to a new array; returns it."""
+        import cupyx
+
+        xp = self.backend.xp
+        if out is None or out.shape != host.shape:
+            out = xp.empty(host.shape, host.dtype)
+        staged = cupyx.empty_pinned(host.shape, host.dtype)
+        staged[...] = host
+        out.set(staged)
+        copied = xp.cuda.Event(disable_timing=True)
+        copied.record()
+        self._staged.append((copied, staged))  # pinned memory must outlive the copy
+        while self._staged[0][0].done and len(self._staged) > 1:
+            self._staged.popleft()
+        return out
+
+
+class CupyBackend(XpBackend):
+    """CuPy on one CUDA device."""
+
+    def __init__(self, device: int) -> None:
+        import cupy
+
+        super().__init__(cupy, "cupy" if device == 0 else f"cupy:{device}")
+        self.device = device
+        self._tickets: dict[int, Array] = {}
+
+    # ---- arrays -----------------------------------------------------------------------------
+
+    def asarray(self, a: Any, dtype: Any = None) -> Array:
+        """`a` on this device, C-contiguous; another device's array is copied."""
+        with self.activate():
+            return self.xp.asarray(a, dtype=dtype, order="C")
+
+    def to_numpy(self, a: Array) -> np.ndarray:
+        """`a` on the host. Waits for the device."""
+        return np.asarray(self.xp.asnumpy(a))
+
+    def synchronize(self) -> None:
+        """Wait until everything on the current stream is done."""
+        with self.activate():
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which this device is the current one."""
+        if self.xp.cuda.runtime.getDevice() == self.device:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = self.xp.cuda.Device(self.device)
+        return context
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether the data take at most 60 % of the memory that is free, CuPy's pool included."""
+        with self.activate():
+            free, _ = self.xp.cuda.runtime.memGetInfo()
+            pooled = self.xp.get_default_memory_pool().free_bytes()
+        return nbytes <= 0.6 * (free + pooled)
+
+    def step_state(self) -> StepState:
+        """A fresh `CupyStepState`."""
+        with self.activate():
+            return CupyStepState(self)
+
+    # ---- launching --------------------------------------------------------------------------
+
+    def _launch(self, name: str, dtype: Any, items: int, *arguments: Any, lanes: int = 1) -> None:
+        """Launch a kernel: the one place that does.
+
+        Args:
+            name: A key of `_KERNELS`, without the dtype.
+            dtype: What "T" stands for; None for a kernel of no dtype.
+            items: How many pieces of work there are; the grid strides over them.
+            arguments: In the kernel's order. An array comes as `(array, size)` with the number of
+                elements it must have, or None; an input is made contiguous if it isn't.
+            lanes: Threads that share a piece of work.
+
+        Raises:
+            TypeError: An array's dtype isn't the kernel's.
+            ValueError: An array has another size, is on another device, or is an output that
+                isn't contiguous.
+        """
+        file, signature = _KERNELS[name]
+        call: list[Any] = []
+        for kind, argument in zip(_split(signature), arguments, strict=True):
+            scalar = _SCALARS.get(kind)
+            if scalar is not None:
+                call.append(scalar(argument))
+            elif argument is None and kind.endswith("?"):
+                call.append(np.int64(0))
+            else:
+                call.append(self._checked(name, kind, dtype, *argument))
+        threads = items * lanes
+        grid = min(-(-threads // THREADS), 32 * self._multiprocessors)
+        suffix = _SUFFIX[dtype] if dtype is not None else ""
+        self._kernel(file, name + suffix)((grid,), (THREADS,), tuple(call))
+
+    def _checked(self, name: str, kind: str, dtype: Any, array: Array, size: int) -> Array:
+        plain = kind.strip("=?")
+        expected = dtype if plain == "T" else _DTYPES[plain]
+        if array.dtype != expected:
+            raise TypeError(f"{name}: expected an array of {expected}, got {array.dtype}")
+        if array.size != size:
+            raise ValueError(f"{name}: expected an array of {size} elements, got {array.shape}")
+        if array.device.id != self.device:
+            raise ValueError(
+                f"{name}: expected an array on device {self.device}, got one on {array.device.id}"
+            )
+        if array.flags.c_contiguous:
+            return array
+        if kind.startswith("="):
+            raise ValueError(f"{name}: expected a contiguous output, got strides {array.strides}")
+        return self.xp.ascontiguousarray(array)
+
+    @functools.cached_property
+    def _multiprocessors(self) -> int:
+        return int(self.xp.cuda.Device(self.device).attributes["MultiProcessorCount"])
+
+    def _kernel(self, file: str, name: str) -> Any:
+        return _load(self.device, file).get_function(name)
+
+    def _ticket(self) -> Array:
+        """The word by which blocks of a kernel find out who is last; one for each stream."""
+        stream = self.xp.cuda.get_current_stream().ptr
+        ticket = self._tickets.get(stream)
+        if ticket is None:
+            ticket = self._tickets[stream] = self.xp.zeros(1, np.uint32)
+        return ticket
+
+    # ---- ReLU -------------------------------------------------------------------------------
+
+    def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
+        """As in `XpBackend`, by a kernel for a single model."""
+        if dy.ndim != 2 or dy.dtype not in _SUFFIX:
+            return super().bias_grad(dy, out, accumulate=accumulate)
+        self._bias_backward(dy, None, out, accumulate)
+        return out
+
+    def relu(self, x: Array) -> tuple[Array, Array]:
+        """As in `XpBackend`; the mask has one bit per element."""
+        n = x.size
+        y = self.empty(x.shape, x.dtype)
+        mask = self.empty((_words(n),), np.dtype(np.uint32))
+        if n:
+            self._launch("relu", x.dtype, n, (y, n), (mask, _words(n)), (x, n), n)
+        return y, mask
+
+    def relu_backward(self, dy: Array, mask: Array) -> Array:
+        """As in `XpBackend`."""
+        if mask.dtype == bool:
+            return super().relu_backward(dy, mask)
+        n = dy.size
+        dx = self.empty(dy.shape, dy.dtype)
+        if n:
+            self._launch("relu_backward", dy.dtype, n, (dx, n), (dy, n), (mask, _words(n)), n)
+        return dx
+
+    def bias_relu(self, z: Array, bias: Array) -> tuple[Array, Array]:
+        """As in `XpBackend`, by a kernel for a single model."""
+        if z.ndim != 2:
+            return super().bias_relu(z, bias)
+        n, columns = z.size, z.shape[1]
+        mask = self.empty((_words(n),), np.dtype(np.uint32))
+        if n:
+            words = (mask, _words(n))
+            self._launch("bias_relu", z.dtype, n, (z, n), words, (bias, columns), columns, n)
+        return z, mask
+
+    def bias_relu_backward(
+        self, dy: Array, mask: Array, dbias: Array, *, accumulate: bool = False
+    ) -> Array:
+        """As in `XpBackend`, by a kernel for a single model."""
+        if mask.dtype == bool:
+            return super().bias_relu_backward(dy, mask, dbias, accumulate=accumulate)
+        return self._bias_backward(dy, mask, dbias, accumulate)
+
+    def _bias_backward(
+        self, dy: Array, mask: Array | None, dbias: Array, accumulate: bool
+    ) -> Array | None:
+        n, (rows, columns) = dy.size, dy.shape
+        dz = None if mask is None else self.empty(dy.shape, dy.dtype)
+        self._launch(
+            "bias_backward",
+            dy.dtype,
+            columns,
+            (dbias, columns),
+            None if dz is None else (dz, n),
+            (dy, n),
+            None if mask is None else (mask, _words(n)),
+            rows,
+            columns,
+            accumulate,
+            lanes=WARPS,
+        )
+        return dz
+
+    # ---- losses and metrics -----------------------------------------------------------------
+
+    def softmax_nll(
+        self,
+        logits: Array,
+        labels: Array,
+        weight: Array | None = None,
+        *,
+        normalizer: float | Array | None = None,
+        grad_scale: float | Array | None = None,
+        need_gradient: bool = True,
+    ) -> tuple[Array, Array | None]:
+        """As in `XpBackend`, in one launch; with weights and no normalizer in two."""
+        dtype, n_classes, n = logits.dtype, logits.shape[-1], logits.shape[-2]
+        rows = logits.shape[:-1]
+        n_models = rows[0] if len(rows) == 2 else 1
+        loss = self.empty(rows[:-1], dtype)
+        gradient = self.empty(logits.shape, dtype) if need_gradient else None
+        if not n:
+            loss.fill(0)
+            return loss, gradient
+        if weight is not None:
+            weight = weight.astype(dtype, copy=False)
+        count = float(n)
+        denominator = None
+        if isinstance(normalizer, (int, float)):
+            count = float(normalizer)
+        elif normalizer is not None:
+            denominator = normalizer.astype(dtype, copy=False)
+        elif weight is not None:
+            denominator = self.empty(weight.shape[:-1], dtype)
+            self.xp.sum(weight, axis=-1, out=denominator)
+        scale = 1.0
+        if isinstance(grad_scale, (int, float)):
+            scale, grad_scale = float(grad_scale), None
+        elif grad_scale is not None:
+            grad_scale = grad_scale.astype(dtype, copy=False)
+        sizes = [0 if a is None else a.size for a in (labels, weight, denominator, grad_scale)]
+
+        def optional(a: Array | None) -> tuple[Array, int] | None:
+            return None if a is None else (a, a.size)
+
+        self._launch(
+            "softmax_nll",
+            dtype,
+            n_models * n,
+            (loss, n_models),
+            optional(gradient),
+            (self.empty((n_models * n,), dtype), n_models * n),
+            (self._ticket(), 1),
+            (logits, n_models * n * n_classes),
+            (labels.astype(np.int64, copy=False), labels.size),
+            optional(weight),
+            optional(denominator),
+            optional(grad_scale),
+            count,
+            scale,
+            n_models,
+            n,
+            n_classes,
+            *sizes,
+            lanes=32,
+        )
+        return loss, gradient
+
+    def count_correct(self, scores: Array, labels: Array, total: Array) -> None:
+        """As in `XpBackend`, in one launch."""
+        *models, n, n_classes = scores.shape
+        n_models = models[0] if models else 1
+        if n:
+            self._launch(
+                "count_correct",
+                scores.dtype,
+                n_models * n,
+                (total, n_models),
+                (scores, scores.size),
+                (labels.astype(np.int64, copy=False), labels.size),
+                n_models,
+                n,
+                n_classes,
+                labels.size,
+                lanes=32,
+            )
+
+    # ---- dropout ----------------------------------------------------------------------------
+
+    def dropout(
+        self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
+    ) -> tuple[Array, Array]:
+        """As in `XpBackend`, word for word; the mask has one bit per element."""
+        assert isinstance(state, CupyStepState)
+        n = x.size
+        y = self.empty(x.shape, x.dtype)
+        mask = self.empty(((n + 7) // 8,), np.dtype(np.uint8))
+        if n:
+            self._launch(
+                "dropout",
+                x.dtype,
+                mask.size,
+                (y, n),
+                (mask, mask.size),
+                (x, n),
+                (state.counters, 2),
+                seed,
+                stream,
+                use,
+                drop_threshold(p),
+                1 / (1 - p) if p < 1 else 1.0,
+                n,
+            )
+        return y, mask
+
+    def dropout_backward(self, dy: Array, mask: Array, p: float) -> Array:
+        """As in `XpBackend`."""
+        n = dy.size
+        dx = self.empty(dy.shape, dy.dtype)
+        if n:
+            scale = 1 / (1 - p) if p < 1 else 1.0
+            kept = (mask, (n + 7) // 8)
+            self._launch("dropout_backward", dy.dtype, n, (dx, n), (dy, n), kept, scale, n)
+        return dx
+
+    # ---- optimizers -------------------------------------------------------------------------
+
+    def sgd(
+        self,
+        value: Array,
+        grad: Array,
+        velocity: Array | None,
+        groups: Groups,
+        state: StepState,
+        loss: Array | None,
+        *,
+        momentum: float,
+        nesterov: bool,
+        weight_decay: float,
+    ) -> None:
+        """As in `XpBackend`, in one launch."""
+        n = value.size
+        slot = None if velocity is None else (velocity, n)
+        self._update(
+            "sgd", value, (slot,), grad, groups, state, loss, momentum, nesterov, weight_decay
+        )
+
+    def adam(
+        self,
+        value: Array,
+        grad: Array,
+        m: Array,
+        v: Array,
+        groups: Groups,
+        state: StepState,
+        loss: Array | None,
+        *,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """As in `XpBackend`, in one launch."""
+        slots = ((m, value.size), (v, value.size))
+        self._update(
+            "adam", value, slots, grad, groups, state, loss, beta1, beta2, eps, weight_decay
+        )
+
+    def _update(
+        self,
+        name: str,
+        value: Array,
+        slots: Sequence[tuple[Array, int] | None],
+        grad: Array,
+        groups: Groups,
+        state: StepState,
+        loss: Array | None,
+        *hyper_parameters: float,
+    ) -> None:
+        """Launch an optimizer: all begin and end with the same arguments."""
+        assert isinstance(state, CupyStepState)
+        n_models, size = value.shape
+        self._launch(
+            name,
+            value.dtype,
+            value.size,
+            (value, value.size),
+            *slots,
+            (state.log, state.log.size),
+            (state.counters, 2),
+            (self._ticket(), 1),
+            (grad, value.size),
+            None if loss is None else (loss, n_models),
+            (state.device_rates, len(state.rates)),
+            (groups.ids, size // Groups.BLOCK),
+            (groups.table, groups.table.size),
+            *hyper_parameters,
+            n_models,
+            size,
+        )
+        state.count()
+
+    # ---- data -------------------------------------------------------------------------------
+
+    def gather_rows(
+        self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
+    ) -> list[Array]:
+        """As in `XpBackend`, all sources in one launch."""
+        assert isinstance(state, CupyStepState)
+        widths = [a.nbytes // len(a) if len(a) else 1 for a in sources]
+        if len(sources) > 3 or any(w % 4 for w in widths):
+            return super().gather_rows(sources, state, batch_size, n)
+        batch = [self.empty((n, *a.shape[1:]), a.dtype) for a in sources]
+        words = [w // 4 for w in widths] + [0] * (3 - len(sources))
+
+        def as_words(arrays: Sequence[Array]) -> list[tuple[Array, int] | None]:
+            views = [a.reshape(-1).view(np.uint32) for a in arrays]
+            return [(v, v.size) for v in views] + [None] * (3 - len(views))
+
+        if n:
+            self._launch(
+                "gather_rows",
+                None,
+                n * sum(words),
+                *as_words(batch),
+                *as_words(sources),
+                (state.order, state.order.size),
+                (state.counters, 2),
+                *words,
+                batch_size,
+                n,
+            )
+        return batch
+
+
+def _words(n: int) -> int:
+    """32-bit words of a mask of n bits."""
+    return (n + 31) // 32
+
+
+@functools.cache
+def _split(signature: str) -> tuple[str, ...]:
+    return tuple(signature.split())
+
+
+@functools.cache
+def _load(device: int, file: str) -> Any:
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return cupy.RawModule(code=source(file), options=("-std=c++17",))
+
+
+def _import_cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise BackendUnavailable(
+            "backend 'cupy' needs CuPy, which can't be imported "
+            f"({error}); install it with pip install 'nnx-xp[cuda13]' or 'nnx-xp[cuda12]'"
+        ) from error
+    return cupy
+
+
+def device_count() -> int:
+    """Number of CUDA devices; 0 where the driver finds none.
+
+    Raises:
+        BackendUnavailable: CuPy isn't installed, or there is no driver.
+    """
+    cupy = _import_cupy()
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except Exception as error:  # CuPy raises various types where driver or toolkit are missing
+        raise BackendUnavailable(
+            f"backend 'cupy' finds no usable CUDA driver or device ({error}); "
+            "check the driver with nvidia-smi, or use backend='numpy'"
+        ) from error
+
+
+@functools.cache
+def probe(device: int) -> str | None:
+    """Why a one-element kernel doesn't run on this device; None if it does."""
+    cupy = _import_cupy()
+    try:
+        with cupy.cuda.Device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one = cupy.ones(1, np.float32)
+            return None if float((one + one)[0]) == 2 else "1 + 1 isn't 2 there"
+    except Exception as error:  # whatever it is, the device can't be used
+        return f"{type(error).__name__}: {error}"
+
+
+def get_cupy_backend(device: int | None = None) -> CupyBackend:
+    """The backend of a device, by default CuPy's current one.
+
+    Raises:
+        BackendUnavailable: CuPy isn't installed, there is no such device, or no kernel runs on it.
+    """
+    if device is None or device not in _backends:
+        count = device_count()
+        if device is None:
+            device = _import_cupy().cuda.Device().id if count else 0
+        if device >= count:
+            raise BackendUnavailable(
+                f"backend 'cupy': expected a device below {count}, got device {device}; "
+                "use backend='numpy', or 'auto' to take what there is"
+            )
+        if device not in _backends:
+            reason = probe(device)
+            if reason is not None:
+                raise BackendUnavailable(
+                    f"backend 'cupy': device {device} doesn't run a one-element kernel ({reason})"
+                )
+            _backends[device] = CupyBackend(device)
+    return _backends[device]
+
+
+_backends: dict[int, CupyBackend] = {}
