@@ -1,0 +1,305 @@
+"""What a training step asks of the device: launches, allocations, waits; and that NumPy agrees.
+
+Allocations are counted by CuPy's `MemoryHook` on any device; launches, library calls, copies and
+waits by the simulated device's counters, and only there.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nnx
+from nnx.backends import get_backend
+from nnx.backends.base import Array
+from nnx.layers import Dropout
+
+pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
+
+
+class Counts:
+    """What happened in a `with counted() as counts:` block."""
+
+    def __init__(self) -> None:
+        self.requests = 0  # to CuPy's pool
+        self.mallocs = 0
+        self.waits = 0
+        self.copies = 0  # between host and device
+        self.launches: dict[str, int] = {}
+        self.calls = 0  # of cuBLAS
+
+    @property
+    def total(self) -> int:
+        """Launches and library calls."""
+        return sum(self.launches.values()) + self.calls
+
+
+def _simulator() -> Any:
+    try:
+        import cudasim
+    except ImportError:
+        return None
+    return cudasim if cudasim.available() else None
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counts]:
+    import cupy
+
+    counts, simulator = Counts(), _simulator()
+
+    class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc]
+        name = "counted"
+
+        def malloc_preprocess(self, device_id: int, size: int, mem_size: int) -> None:
+            counts.requests += 1
+
+    cupy.cuda.Device().synchronize()
+    if simulator:
+        simulator.reset()
+    with Hook():
+        yield counts
+    if simulator:
+        stats = simulator.stats()
+        counts.mallocs = stats["malloc"]["count"] + stats["malloc_async"]["count"]
+        counts.waits = stats["sync"]["total"]
+        counts.copies = stats["memcpy"]["h2d"]["count"] + stats["memcpy"]["d2h"]["count"]
+        counts.launches = {name: k["launches"] for name, k in stats["kernels"].items()}
+        counts.calls = stats["cublas"]["calls"]
+
+
+def quiet(counts: Counts) -> None:
+    """Assert promise 3: no allocation, no wait, no copy."""
+    found = (counts.requests, counts.mallocs, counts.waits, counts.copies)
+    assert found == (0, 0, 0, 0), found
+
+
+def batch(n: int, n_in: int = 20, n_classes: int = 5) -> tuple[Array, Array]:
+    cuda, rng = get_backend("cupy"), np.random.default_rng(n)
+    x = cuda.asarray(rng.standard_normal((n, n_in)), np.float32)
+    return x, cuda.asarray(rng.integers(0, n_classes, n))
+
+
+def small_trainer(optimizer: nnx.Optimizer | None = None, dropout: float = 0.5) -> nnx.Trainer:
+    model = nnx.mlp([20, 33, 32, 5], dropout=dropout)
+    optimizer = optimizer or nnx.Adam(1e-2)
+    return nnx.Trainer(model, nnx.SoftmaxNLL(), optimizer, backend="cupy", seed=3)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [nnx.SGD(0.1), nnx.SGD(0.1, momentum=0.9, nesterov=True), nnx.Adam(1e-2)], ids=repr
+)
+def test_a_step_neither_waits_nor_allocates_after_the_first(optimizer: nnx.Optimizer) -> None:
+    trainer = small_trainer(optimizer)
+    x, t = batch(32)
+    trainer.train_step(x, t)
+    losses = []
+    for _ in range(3):
+        with counted() as counts:
+            losses.append(trainer.train_step(x, t))
+        quiet(counts)
+    assert len({float(loss) for loss in losses}) == 3  # each is a view of its own
+
+
+def test_a_short_batch_a_validation_pass_and_a_callback_change_nothing() -> None:
+    trainer = small_trainer()
+    x, t = batch(32)
+    short_x, short_t = batch(7)
+    trainer.train_step(x, t)
+    trainer.train_step(short_x, short_t)
+    for _ in range(2):
+        with counted() as counts:
+            trainer.train_step(x, t)
+        quiet(counts)
+        trainer.evaluate(get_backend("cupy").to_numpy(x), get_backend("cupy").to_numpy(t))
+        float(trainer.train_step(x, t))  # a callback that reads the loss
+        with counted() as counts:
+            trainer.train_step(short_x, short_t)
+        quiet(counts)
+
+
+def test_the_steps_of_fit_are_quiet_too() -> None:
+    """Counted from callback to callback: gather, metrics, loss log and update included."""
+    cuda = get_backend("cupy")
+    x, t = (cuda.to_numpy(a) for a in batch(100))
+    seen: list[Counts] = []
+
+    class Watch(nnx.Callback):
+        open: Any = None
+
+        def on_step_end(self, trainer: nnx.Trainer) -> None:
+            self.close()
+            self.open = counted()
+            self.counts = self.open.__enter__()
+
+        def on_epoch_end(self, trainer: nnx.Trainer, record: dict[str, Any]) -> None:
+            if self.open is not None:  # the epoch's end reads the log: not part of a step
+                self.open.__exit__(None, None, None)
+                self.open = None
+
+        def close(self) -> None:
+            if self.open is not None:
+                self.open.__exit__(None, None, None)
+                seen.append(self.counts)
+                self.open = None
+
+    small_trainer().fit(x, t, epochs=3, batch_size=32, validation=(x, t), callbacks=[Watch()])
+    assert len(seen) == 9  # from the first to the fourth step of each epoch; the fourth has 4 samples
+    for counts in seen[3:]:
+        quiet(counts)
+
+
+def test_launches_of_the_reference_step_with_everything_on() -> None:
+    """784-512-512-10, batch 128, Adam: 6 L + 2 = 20 launches and library calls are the budget."""
+    if _simulator() is None:
+        pytest.skip("launches are counted by the simulated device only")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 784)).astype(np.float32)
+    t = rng.integers(0, 10, 256)
+    found: list[Counts] = []
+
+    class Watch(nnx.Callback):
+        """Counts the second step of the second epoch."""
+
+        steps = 0
+
+        def on_step_end(self, trainer: nnx.Trainer) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                self.block = counted()
+                found.append(self.block.__enter__())
+            if self.steps == 4:
+                self.block.__exit__(None, None, None)
+
+    trainer = nnx.Trainer(
+        nnx.mlp([784, 512, 512, 10]), nnx.SoftmaxNLL(), nnx.Adam(), backend="cupy", seed=0
+    )
+    trainer.fit(x, t, epochs=2, batch_size=128, callbacks=[Watch()])
+    (counts,) = found
+    quiet(counts)
+    assert counts.launches == {
+        "gather_rows": 1,
+        "bias_relu_f32": 2,
+        "cupy_add__float32_float32_float32": 1,  # the bias of the last layer
+        "softmax_nll_f32": 1,
+        "count_correct_f32": 1,  # the metric
+        "bias_backward_f32": 3,
+        "adam_f32": 1,
+    }
+    assert counts.calls == 8  # 3 forward, 3 for the weights, 2 for the inputs
+    assert counts.total - 1 <= 20  # "metrics and clipping +1 each"
+
+
+def test_a_planned_epoch_uploads_without_waiting() -> None:
+    trainer = small_trainer()
+    x, t = batch(32)
+    trainer.train_step(x, t)
+    with counted() as counts:
+        trainer.optimizer.plan(10, np.arange(320))
+    assert counts.waits == 0
+
+
+# ---- the same on both backends ----------------------------------------------------------------------
+
+
+def run(backend: str, dtype: Any, dropout: float = 0.0) -> tuple[nnx.Trainer, list[np.ndarray]]:
+    """50 steps (10 epochs of 5, the last batch short) on noise; the trainer and every loss."""
+    rng = np.random.default_rng(5)
+    x, t = rng.standard_normal((150, 20)), rng.integers(0, 5, 150)
+    model = nnx.mlp([20, 48, 33, 5], dropout=dropout, seed=11, dtype=dtype)
+    trainer = nnx.Trainer(model, nnx.SoftmaxNLL(), nnx.Adam(1e-2), backend=backend, seed=12)
+    losses: list[np.ndarray] = []
+
+    class Log(nnx.Callback):
+        def on_epoch_end(self, trainer: nnx.Trainer, record: dict[str, Any]) -> None:
+            losses.append(trainer.backend.to_numpy(trainer.optimizer.steps.log).copy())
+
+    trainer.fit(x, t, epochs=10, batch_size=32, callbacks=[Log()])
+    return trainer, losses
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_loss_curves_agree_over_50_steps(dtype: Any, dropout: float) -> None:
+    curves = [np.concatenate(run(backend, dtype, dropout)[1]) for backend in ("numpy", "cupy")]
+    assert curves[0].shape == (50,)
+    assert curves[0][-5:].mean() < 0.9 * curves[0][:5].mean()  # something was learned
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5 if dtype == np.float32 else 1e-9)
+
+
+def test_initial_weights_are_identical(dtype: Any) -> None:
+    models = [nnx.mlp([20, 33, 5], seed=4, dtype=dtype) for _ in range(2)]
+    models[1].to("cupy")
+    cuda = get_backend("cupy")
+    for name, value in models[1].state().items():
+        np.testing.assert_array_equal(cuda.to_numpy(value), models[0].state()[name])
+
+
+class Recorder(nnx.Layer):
+    """Passes its input on and keeps it."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def forward(self, x: Array, *, step: Any = None) -> tuple[Array, Any]:
+        if step is not None:
+            self.seen.append(nnx.backend_of(x).to_numpy(x).copy())
+        return x, None
+
+    def backward(self, dy: Array, saved: Any, *, need_dx: bool = True) -> Array:
+        return dy
+
+
+def test_batches_and_dropout_masks_are_identical(dtype: Any) -> None:
+    """With ones as input, what leaves the dropout layer is its mask."""
+    seen = {}
+    for backend in ("numpy", "cupy"):
+        batches, masks = Recorder(), Recorder()
+        rng = np.random.default_rng(0)
+        model = nnx.Sequential(
+            batches,
+            nnx.Linear(3, 41, initializer=lambda shape, rng: np.zeros(shape), rng=rng, dtype=dtype),
+            nnx.Sigmoid(),  # 1/2 everywhere
+            Dropout(0.5),
+            masks,
+            nnx.Linear(41, 2, rng=rng, dtype=dtype),
+        )
+        x = np.arange(150.0).reshape(50, 3)
+        trainer = nnx.Trainer(
+            model, nnx.SoftmaxNLL(), nnx.SGD(0.0), backend=backend, seed=2**64 - 1
+        )
+        trainer.fit(x, np.arange(50) % 2, epochs=2, batch_size=16)
+        seen[backend] = (batches.seen, masks.seen)
+    for numpy_side, cupy_side in zip(seen["numpy"], seen["cupy"], strict=True):
+        assert len(numpy_side) == 8
+        for a, b in zip(numpy_side, cupy_side, strict=True):
+            np.testing.assert_array_equal(b, a)
+    batches_seen, masks_seen = seen["numpy"]
+    assert not np.array_equal(batches_seen[0], batches_seen[4])  # the second epoch is another order
+    assert set(np.unique(masks_seen[0])) == {0, 1}
+    assert not np.array_equal(masks_seen[0], masks_seen[1])
+
+
+def test_a_model_moves_with_its_optimizer_state_and_goes_on() -> None:
+    """Five epochs on NumPy, five on CuPy, against ten on NumPy."""
+    rng = np.random.default_rng(5)
+    x, t = rng.standard_normal((64, 20)), rng.integers(0, 5, 64)
+    losses = {}
+    for move in (False, True):
+        model = nnx.mlp([20, 33, 5], dropout=0.3, dtype="float64")
+        trainer = nnx.Trainer(model, nnx.SoftmaxNLL(), nnx.Adam(1e-2))
+        trainer.fit(x, t, epochs=5)
+        if move:
+            model.to("cupy")
+            assert trainer.backend.name == "cupy"
+        losses[move] = trainer.fit(x, t, epochs=5)["loss"]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-10)
+    assert isinstance(trainer.predict(x), np.ndarray)
+
+
+def test_data_that_do_not_fit_are_sent_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = run("cupy", np.float64)[1]
+    monkeypatch.setattr(type(get_backend("cupy")), "fits", lambda self, nbytes: False)
+    streamed = run("cupy", np.float64)[1]
+    np.testing.assert_array_equal(np.concatenate(streamed), np.concatenate(resident))
