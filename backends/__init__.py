@@ -81,6 +81,11 @@ def backend_of(*arrays: Array) -> Backend:
     Raises:
         TypeError: An argument is no array of a known library, or they are on different backends.
     """
+    for array in arrays:
+        if type(array) is not np.ndarray:
+            break
+    else:  # the common case, at a third of the price
+        return _NUMPY
     found = _of_type(type(arrays[0]))(arrays[0])
     for array in arrays[1:]:
         other = _of_type(type(array))(array)

@@ -56,6 +56,7 @@ class Arena:
         running.arena = self._outer
         if self._needed > self.nbytes:
             self._tapes.clear()
+            self._tape = []
             self._slab = self.xp.empty(0, self.xp.uint8)  # freed first: both may not fit
             self._slab = self.xp.empty(self._needed, self.xp.uint8)
 

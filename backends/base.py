@@ -9,7 +9,7 @@ everything else is xp code in the layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -183,6 +183,9 @@ class XpBackend:
     other argument ever is. Masks are opaque to callers.
     """
 
+    piece = 2**16
+    """Elements that an optimizer of several elementwise passes takes at a time."""
+
     def __init__(self, xp: ModuleType, name: str | None = None) -> None:
         self.xp = xp
         self.name = name or f"reference ({xp.__name__})"
@@ -311,47 +314,55 @@ class XpBackend:
         rows = logits.shape[:-1]
         shifted = self.empty(logits.shape, dtype)
         xp.subtract(logits, logits.max(axis=-1, keepdims=True), out=shifted)
-        labels = xp.broadcast_to(labels, rows).astype(np.int64, copy=False)
-        valid = (labels >= 0) & (labels < n_classes)
-        at_label = xp.where(valid, labels, 0).ravel()
-        at_label += n_classes * xp.arange(at_label.size)  # into the flat logits
-        shifted_label = shifted.reshape(-1)[at_label].reshape(rows)
+        labels = labels.astype(np.int64, copy=False)
+        valid = labels.view(np.uint64) < n_classes  # a negative label is a huge unsigned one
+        in_row = xp.where(valid, labels, 0)
+        n_logits = shifted.size
+        at_label = xp.arange(0, n_logits, n_classes).reshape(rows) + in_row  # in the flat logits
+        at_row = xp.take(shifted, at_label)
         exponential = xp.exp(shifted, out=shifted)
         total = exponential.sum(axis=-1, keepdims=True)
-        losses = xp.log(total[..., 0]) - shifted_label
-        factor = self._row_factors(rows, dtype, weight, normalizer)
-        factor = xp.where(valid | (factor == 0), factor, dtype.type(np.nan))
-        loss = self.empty(rows[:-1], dtype)
-        xp.sum(xp.where(factor == 0, dtype.type(0), losses) * factor, axis=-1, out=loss)
+        losses = xp.log(total[..., 0]) - at_row
+        factor = self._row_factors(valid, rows[-1], dtype, weight, normalizer)
+        if weight is not None:
+            losses = xp.where(factor == 0, dtype.type(0), losses)  # 0 * inf is NaN
+        loss = xp.sum(losses * factor, axis=-1, out=self.empty(rows[:-1], dtype))
         if not need_gradient:
             return loss, None
         gradient = xp.divide(exponential, total, out=exponential)
         gradient.reshape(-1)[at_label] -= 1
         if grad_scale is not None:
-            factor = factor * xp.asarray(grad_scale, dtype)
-        xp.multiply(gradient, factor[..., None], out=gradient)
-        xp.copyto(gradient, 0, where=factor[..., None] == 0)
+            factor = factor * xp.asarray(grad_scale, dtype)[..., None]
+        factor = factor[..., None]
+        xp.multiply(gradient, factor, out=gradient)
+        if weight is not None:
+            xp.copyto(gradient, 0, where=factor == 0)
         return loss, gradient
 
     def _row_factors(
         self,
-        rows: tuple[int, ...],
+        valid: Array,
+        n: int,
         dtype: Any,
         weight: Array | None,
         normalizer: float | Array | None,
     ) -> Array:
-        """`w_i / sum(w)` for each row, or `w_i / normalizer`; where the denominator is 0, it is 0."""
-        xp = self.xp
-        if weight is None:
-            weight = xp.ones(rows, dtype)
-        else:
-            weight = xp.broadcast_to(weight, rows).astype(dtype, copy=False)
+        """`w_i / sum(w)` for each row, or `w_i / normalizer`; where the denominator is 0, it is 0.
+
+        A row without a valid label gets NaN, unless its weight is 0.
+        """
+        xp, nan = self.xp, dtype.type(np.nan)
+        if weight is None and normalizer is None:
+            return xp.where(valid, dtype.type(1 / max(n, 1)), nan)
         if normalizer is None:
-            denominator = weight.sum(axis=-1, keepdims=True)
+            denominator = weight.sum(axis=-1, keepdims=True, dtype=dtype)
         else:
             denominator = xp.asarray(normalizer, dtype)[..., None]
         zero = denominator == 0
-        return xp.where(zero, dtype.type(0), weight / xp.where(zero, dtype.type(1), denominator))
+        factor = xp.where(zero, dtype.type(0), 1 / xp.where(zero, dtype.type(1), denominator))
+        if weight is not None:
+            factor = weight.astype(dtype, copy=False) * factor
+        return xp.where(valid | (factor == 0), factor, nan)
 
     def count_correct(self, scores: Array, labels: Array, total: Array) -> None:
         """Add to `total`, int64 `()` or `(K,)`, how many rows have their maximum at the label.
@@ -405,8 +416,7 @@ class XpBackend:
         down by `lr * velocity`, with Nesterov by `lr * (g + momentum * velocity)`.
         """
         xp, rate = self.xp, state.rate
-        for w, g, (u,), lr_scale, decay_scale in _stretches(groups, value, grad, velocity):
-            work = self.empty(w.shape, w.dtype)
+        for w, g, (u,), work, lr_scale, decay_scale in self._pieces(groups, value, grad, velocity):
             g = self._decayed(g, w, weight_decay * decay_scale)
             update = g
             if u is not None:
@@ -442,8 +452,7 @@ class XpBackend:
         xp, rate, t = self.xp, state.rate, state.number + 1
         correction1 = 1 - beta1**t
         correction2 = (1 - beta2**t) ** 0.5
-        for w, g, (m_, v_), lr_scale, decay_scale in _stretches(groups, value, grad, m, v):
-            work = self.empty(w.shape, w.dtype)
+        for w, g, (m_, v_), work, lr_scale, decay_scale in self._pieces(groups, value, grad, m, v):
             g = self._decayed(g, w, weight_decay * decay_scale)
             xp.multiply(m_, beta1, out=m_)
             xp.multiply(g, 1 - beta1, out=work)
@@ -467,6 +476,24 @@ class XpBackend:
         out = self.xp.multiply(value, decay, out=self.empty(value.shape, value.dtype))
         return self.xp.add(grad, out, out=out)
 
+    def _pieces(
+        self, groups: Groups, value: Array, grad: Array, *slots: Array | None
+    ) -> Iterator[tuple[Array, Array, tuple[Array | None, ...], Array, float, float]]:
+        """Views of the flat vector piece by piece, each of one group, and work space of its shape:
+
+        `(value, grad, slots, work, lr_scale, decay_scale)`. A piece is small enough for its arrays
+        to stay in the cache from one elementwise pass to the next.
+        """
+        n_models, size = value.shape
+        width = min(size, max(self.piece // n_models, 1))
+        space = self.empty((n_models, width), value.dtype)
+        for start, stop, lr_scale, decay_scale in groups.runs:
+            for i in range(start, stop, width):
+                cut = np.s_[:, i : min(i + width, stop)]
+                views = tuple(None if slot is None else slot[cut] for slot in slots)
+                piece = value[cut]
+                yield piece, grad[cut], views, space[:, : piece.shape[1]], lr_scale, decay_scale
+
     # ---- data -------------------------------------------------------------------------------------
 
     def gather_rows(
@@ -483,11 +510,3 @@ class XpBackend:
 
     def _take_rows(self, source: Array, index: Array, out: Array) -> Array:
         return self.xp.take(source, index, axis=0, out=out)
-
-
-def _stretches(groups: Groups, value: Array, grad: Array, *slots: Array | None) -> Any:
-    """Views of one group at a time: `(value, grad, slots, lr_scale, decay_scale)`."""
-    for start, stop, lr_scale, decay_scale in groups.runs:
-        cut = np.s_[:, start:stop]
-        views = tuple(None if slot is None else slot[cut] for slot in slots)
-        yield value[cut], grad[cut], views, lr_scale, decay_scale
