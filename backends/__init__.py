@@ -7,15 +7,14 @@ those three places and ends there. This package imports NumPy; CuPy only when it
 
 from __future__ import annotations
 
-if __name__ != "nnx.backends":  # from the repository root, `import backends` would make a second copy
+if (
+    __name__ != "nnx.backends"
+):  # from the repository root, `import backends` would make a second copy
     raise ImportError("import this package as `nnx.backends`, not `backends`")
 
-import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -86,9 +85,9 @@ def backend_of(*arrays: Array) -> Backend:
             break
     else:  # the common case, at a third of the price
         return _NUMPY
-    found = _of_type(type(arrays[0]))(arrays[0])
+    found = _backend_of_one(arrays[0])
     for array in arrays[1:]:
-        other = _of_type(type(array))(array)
+        other = _backend_of_one(array)
         if other is not found:
             raise TypeError(
                 f"backend_of: expected arrays of one backend, got {found.name} and {other.name}; "
@@ -111,13 +110,13 @@ def resolve(flag: str | Backend | None = None, *, default: Backend | None = None
     return get_backend(flag) if isinstance(flag, str) else flag
 
 
-@functools.cache
-def _of_type(kind: type) -> Callable[[Any], Backend]:
-    if issubclass(kind, (np.ndarray, np.generic)):
-        return lambda array: _NUMPY
+def _backend_of_one(array: Array) -> Backend:
+    if isinstance(array, (np.ndarray, np.generic)):
+        return _NUMPY
     cupy = sys.modules.get("cupy")  # an array of CuPy can only exist once CuPy was imported
-    if cupy is not None and issubclass(kind, cupy.ndarray):
-        return lambda array: _cupy_backend(array.device.id)
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return _cupy_backend(array.device.id)
+    kind = type(array)
     raise TypeError(
         f"backend_of: expected a NumPy or CuPy array, got {kind.__module__}.{kind.__qualname__}; "
         "convert it with get_backend('numpy').asarray(...)"

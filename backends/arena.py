@@ -38,7 +38,7 @@ class Arena:
         return int(self._slab.nbytes)
 
     def step(self, key: Hashable) -> Arena:
-        """Begin a step; steps of equal `key` (the batch's shape) are expected to ask for the same."""
+        """Begin a step; steps of equal `key` (the shape of the batch) ask for the same arrays."""
         self._tape = self._tapes.setdefault(key, [])
         self._next = 0
         return self

@@ -164,7 +164,9 @@ class Groups:
         self.runs = tuple(runs)
         settings = list(dict.fromkeys(run[2:] for run in runs))
         if len(settings) > 256:
-            raise ValueError(f"Groups: expected at most 256 different settings, got {len(settings)}")
+            raise ValueError(
+                f"Groups: expected at most 256 different settings, got {len(settings)}"
+            )
         blocks = np.concatenate(
             [
                 np.full((stop - start) // self.BLOCK, settings.index((scale, decay)), np.uint8)
@@ -193,7 +195,7 @@ class XpBackend:
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
 
-    # ---- arrays -----------------------------------------------------------------------------
+    # ---- arrays --------------------------------------------------------------------------------
 
     def asarray(self, a: Any, dtype: Any = None) -> Array:
         """`a` as an array of this backend, C-contiguous: the only way in."""
@@ -225,7 +227,7 @@ class XpBackend:
         """A fresh `StepState`."""
         return StepState(self)
 
-    # ---- linear algebra -----------------------------------------------------------------------
+    # ---- linear algebra ------------------------------------------------------------------------
 
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array:
         """`out = a @ b`, or `out += a @ b`: the one door to BLAS and cuBLAS.
@@ -250,7 +252,7 @@ class XpBackend:
         total = xp.sum(dy, axis=-2, out=self.empty(out.shape, out.dtype))
         return xp.add(out, total, out=out)
 
-    # ---- ReLU ---------------------------------------------------------------------------------
+    # ---- ReLU ----------------------------------------------------------------------------------
 
     def relu(self, x: Array) -> tuple[Array, Array]:
         """`(max(x, 0), mask)`; NaN stays NaN. The mask is true where `x > 0`."""
@@ -280,7 +282,7 @@ class XpBackend:
         self.bias_grad(dz, dbias, accumulate=accumulate)
         return dz
 
-    # ---- losses and metrics ---------------------------------------------------------------------
+    # ---- losses and metrics --------------------------------------------------------------------
 
     def softmax_nll(
         self,
@@ -344,7 +346,7 @@ class XpBackend:
         valid: Array,
         n: int,
         dtype: Any,
-        weight: Array | None,
+        weight: Array,
         normalizer: float | Array | None,
     ) -> Array:
         """`w_i / sum(w)` for each row, or `w_i / normalizer`; where the denominator is 0, it is 0.
@@ -374,7 +376,7 @@ class XpBackend:
         """
         self.xp.add(total, (scores.argmax(axis=-1) == labels).sum(axis=-1), out=total)
 
-    # ---- dropout --------------------------------------------------------------------------------
+    # ---- dropout -------------------------------------------------------------------------------
 
     def dropout(
         self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
@@ -395,7 +397,7 @@ class XpBackend:
         self.xp.copyto(dx, 0, where=mask)
         return dx
 
-    # ---- optimizers: one operation over the flat parameter vector ------------------------------------
+    # ---- optimizers: one operation over the flat parameter vector ------------------------------
 
     def sgd(
         self,
@@ -479,10 +481,10 @@ class XpBackend:
     def _pieces(
         self, groups: Groups, value: Array, grad: Array, *slots: Array | None
     ) -> Iterator[tuple[Array, Array, tuple[Array | None, ...], Array, float, float]]:
-        """Views of the flat vector piece by piece, each of one group, and work space of its shape:
+        """Views of the flat vector piece by piece, each of one group, and work space of its shape.
 
-        `(value, grad, slots, work, lr_scale, decay_scale)`. A piece is small enough for its arrays
-        to stay in the cache from one elementwise pass to the next.
+        Yields `(value, grad, slots, work, lr_scale, decay_scale)`. A piece is small enough for its
+        arrays to stay in the cache from one elementwise pass to the next.
         """
         n_models, size = value.shape
         width = min(size, max(self.piece // n_models, 1))
@@ -494,12 +496,12 @@ class XpBackend:
                 piece = value[cut]
                 yield piece, grad[cut], views, space[:, : piece.shape[1]], lr_scale, decay_scale
 
-    # ---- data -------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------
 
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]:
-        """Rows `order[p B : p B + n]` of each source, with `p = state.position`, `B = batch_size`."""
+        """Rows `order[p * B : p * B + n]` of each source; p is the position, B the batch size."""
         start = state.position * batch_size
         index = state.order[start : start + n]
         batch = []

@@ -23,8 +23,8 @@ from nnx.backends.philox import drop_threshold
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
-# Parameters of each kernel, in order: arrays "T" (the kernel's dtype), "u32", "u8", "i64" and "f64",
-# "=" before those it writes, "?" behind those that may be None; scalars "int", "uint" and "float".
+# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64", "f64",
+# "=" before those it writes, "?" behind those that may be None. Scalars: "int", "uint", "float".
 _KERNELS = {
     "relu": ("relu.cu", "=T =u32 T int"),
     "relu_backward": ("relu.cu", "=T T u32 int"),
@@ -53,7 +53,7 @@ _DTYPES = {
     "i64": np.dtype(np.int64),
     "f64": np.dtype(np.float64),
 }
-_SCALARS = {"int": np.int64, "uint": np.uint64, "float": np.float64}
+_SCALARS: dict[str, Any] = {"int": np.int64, "uint": np.uint64, "float": np.float64}
 _SUFFIX = {np.dtype(np.float32): "_f32", np.dtype(np.float64): "_f64"}
 
 
@@ -119,7 +119,7 @@ class CupyBackend(XpBackend):
         self.device = device
         self._tickets: dict[int, Array] = {}
 
-    # ---- arrays -----------------------------------------------------------------------------
+    # ---- arrays --------------------------------------------------------------------------------
 
     def asarray(self, a: Any, dtype: Any = None) -> Array:
         """`a` on this device, C-contiguous; another device's array is copied."""
@@ -147,14 +147,14 @@ class CupyBackend(XpBackend):
         with self.activate():
             free, _ = self.xp.cuda.runtime.memGetInfo()
             pooled = self.xp.get_default_memory_pool().free_bytes()
-        return nbytes <= 0.6 * (free + pooled)
+        return bool(nbytes <= 0.6 * (free + pooled))
 
     def step_state(self) -> StepState:
         """A fresh `CupyStepState`."""
         with self.activate():
             return CupyStepState(self)
 
-    # ---- launching --------------------------------------------------------------------------
+    # ---- launching -----------------------------------------------------------------------------
 
     def _launch(self, name: str, dtype: Any, items: int, *arguments: Any, lanes: int = 1) -> None:
         """Launch a kernel: the one place that does.
@@ -219,7 +219,7 @@ class CupyBackend(XpBackend):
             ticket = self._tickets[stream] = self.xp.zeros(1, np.uint32)
         return ticket
 
-    # ---- ReLU -------------------------------------------------------------------------------
+    # ---- ReLU ----------------------------------------------------------------------------------
 
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`, by a kernel for a single model."""
@@ -286,7 +286,7 @@ class CupyBackend(XpBackend):
         )
         return dz
 
-    # ---- losses and metrics -----------------------------------------------------------------
+    # ---- losses and metrics --------------------------------------------------------------------
 
     def softmax_nll(
         self,
@@ -319,11 +319,12 @@ class CupyBackend(XpBackend):
             denominator = self.empty(weight.shape[:-1], dtype)
             self.xp.sum(weight, axis=-1, out=denominator)
         scale = 1.0
+        factor: Array = None
         if isinstance(grad_scale, (int, float)):
-            scale, grad_scale = float(grad_scale), None
+            scale = float(grad_scale)
         elif grad_scale is not None:
-            grad_scale = grad_scale.astype(dtype, copy=False)
-        sizes = [0 if a is None else a.size for a in (labels, weight, denominator, grad_scale)]
+            factor = grad_scale.astype(dtype, copy=False)
+        sizes = [0 if a is None else a.size for a in (labels, weight, denominator, factor)]
 
         def optional(a: Array | None) -> tuple[Array, int] | None:
             return None if a is None else (a, a.size)
@@ -340,7 +341,7 @@ class CupyBackend(XpBackend):
             (labels.astype(np.int64, copy=False), labels.size),
             optional(weight),
             optional(denominator),
-            optional(grad_scale),
+            optional(factor),
             count,
             scale,
             n_models,
@@ -370,7 +371,7 @@ class CupyBackend(XpBackend):
                 lanes=32,
             )
 
-    # ---- dropout ----------------------------------------------------------------------------
+    # ---- dropout -------------------------------------------------------------------------------
 
     def dropout(
         self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
@@ -408,7 +409,7 @@ class CupyBackend(XpBackend):
             self._launch("dropout_backward", dy.dtype, n, (dx, n), (dy, n), kept, scale, n)
         return dx
 
-    # ---- optimizers -------------------------------------------------------------------------
+    # ---- optimizers ----------------------------------------------------------------------------
 
     def sgd(
         self,
@@ -485,7 +486,7 @@ class CupyBackend(XpBackend):
         )
         state.count()
 
-    # ---- data -------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------
 
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int

@@ -2,8 +2,8 @@
 
 from nnx import backends, data, initializers, layers, losses, metrics, optimizers
 from nnx.backends import BackendUnavailable, backend_of, get_backend
-from nnx.checkpoint import load, save
 from nnx.check import check_gradients
+from nnx.checkpoint import load, save
 from nnx.layers import (
     Dropout,
     Flatten,

@@ -1,4 +1,4 @@
-"""The one place that words the errors about shapes and dtypes. Checks that are free, for every call."""
+"""The one place that words errors about shapes and dtypes; all cheap enough for every call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_input(who: str, x: Array, n_in: int, dtype: Any, n_models: int | None 
         )
     if x.dtype != dtype:
         raise TypeError(
-            f"{who}: expected {dtype} input, got {x.dtype}; convert it with x.astype({str(dtype)!r})"
+            f"{who}: expected {dtype} input, got {x.dtype}; convert it: x.astype({str(dtype)!r})"
         )
 
 
@@ -36,8 +36,10 @@ def check_same_shape(who: str, what: str, got: tuple[int, ...], expected: tuple[
         raise ValueError(f"{who}: expected {what} of shape {expected}, got {got}")
 
 
-def check_range(who: str, name: str, value: float, low: float, high: float, *, closed: str = "") -> None:
-    """Check a hyper-parameter; `closed` names the ends that belong to the range: "", "[", "]", "[]"."""
+def check_range(
+    who: str, name: str, value: float, low: float, high: float, *, closed: str = ""
+) -> None:
+    """Check a hyper-parameter; `closed` names the ends that belong to the range, as in "[]"."""
     above = value >= low if "[" in closed else value > low
     below = value <= high if "]" in closed else value < high
     if not (above and below):

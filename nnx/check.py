@@ -130,7 +130,7 @@ def _compare(
     if not error <= rtol:  # NaN fails
         raise AssertionError(
             f"check_gradients: {function!r}: gradient of {name} along a random direction: "
-            f"backward gives {analytic}, central differences {numeric} (relative error {error:.2e}, "
-            f"expected at most {rtol:g})"
+            f"backward gives {analytic}, central differences {numeric} (relative error "
+            f"{error:.2e}, expected at most {rtol:g})"
         )
     return error

@@ -7,7 +7,6 @@ arguments. Built-in classes are found by name in `nnx.layers.__all__`; the reade
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def save(model: Layer, path: str | Path) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         save_file(arrays, temporary, metadata={"nnx": json.dumps(description)})
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

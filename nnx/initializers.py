@@ -1,5 +1,6 @@
-"""Initial weights. Drawn on the host in float64 by a NumPy `Generator`, then cast, so one seed
-gives the same weights on every backend and, up to rounding, in every dtype.
+"""Initial weights, drawn on the host in float64 by a NumPy `Generator` and then cast.
+
+So one seed gives the same weights on every backend and, up to rounding, in every dtype.
 
 An initializer is a function `(shape, rng) -> float64 array` with `shape = (n_in, n_out)`; the
 fan-in is the first axis, the fan-out the last.

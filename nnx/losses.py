@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
-
 from nnx._checks import check_floating, check_same_shape
 from nnx.backends import Array, backend_of
 
@@ -76,14 +74,14 @@ class Loss:
             )
         return tuple(prediction.shape[:-1])
 
-    def _weight(self, weight: Array | None, rows: tuple[int, ...]) -> Array | None:
-        """The weights in the form `(N,)` or `(K, N)`."""
-        if weight is None:
-            return None
-        flat = weight if weight.shape == rows else weight.reshape(-1)
-        if flat.shape not in (rows, rows[-1:]):
-            check_same_shape(type(self).__name__, "sample weights", weight.shape, rows)
-        return flat
+    def _of_rows(
+        self, what: str, array: Array, rows: tuple[int, ...], samples: tuple[int, ...]
+    ) -> Array:
+        """One number per sample in the form `(N,)` or `(K, N)`; leading axes are flattened."""
+        if array.shape in (rows, rows[-1:]):
+            return array
+        check_same_shape(type(self).__name__, what, array.shape, samples)
+        return array.reshape(-1)
 
 
 class SoftmaxNLL(Loss):
@@ -122,15 +120,12 @@ class SoftmaxNLL(Loss):
         check_floating("SoftmaxNLL", prediction)
         if target.dtype.kind not in "iu":
             raise TypeError(f"SoftmaxNLL: expected integer labels, got {target.dtype}")
-        rows = self._rows(prediction)
-        labels = target if target.shape == rows else target.reshape(-1)
-        if labels.shape not in (rows, rows[-1:]):
-            check_same_shape("SoftmaxNLL", "labels", target.shape, tuple(prediction.shape[:-1]))
+        rows, samples = self._rows(prediction), tuple(prediction.shape[:-1])
         backend = backend_of(prediction, target)
         loss, gradient = backend.softmax_nll(
-            prediction if prediction.ndim == len(rows) + 1 else prediction.reshape(*rows, -1),
-            labels,
-            self._weight(weight, rows),
+            prediction if samples == rows else prediction.reshape(*rows, prediction.shape[-1]),
+            self._of_rows("labels", target, rows, samples),
+            None if weight is None else self._of_rows("sample weights", weight, rows, samples),
             normalizer=normalizer,
             grad_scale=grad_scale,
             need_gradient=need_gradient,
@@ -176,13 +171,16 @@ class MeanSquaredError(Loss):
             check_same_shape("MeanSquaredError", "targets", target.shape, shape)
         backend = backend_of(prediction, target)
         xp = backend.xp
-        column = prediction.ndim == 1
+        column = prediction.ndim == 1 and self.n_models is None
         rows = shape if column else self._rows(prediction)
-        weight = self._weight(weight, rows)
+        if weight is not None:
+            weight = self._of_rows("sample weights", weight, rows, shape if column else shape[:-1])
         wide = (*rows, 1 if column else shape[-1])
         difference = backend.empty(shape, dtype)
         xp.subtract(prediction, target, out=difference)
         difference = difference.reshape(wide)
+        if weight is not None:
+            xp.copyto(difference, 0, where=weight[..., None] == 0)  # 0 * inf is NaN
         square = xp.multiply(difference, difference, out=backend.empty(wide, dtype))
         if weight is not None:
             xp.multiply(square, weight[..., None], out=square)

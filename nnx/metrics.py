@@ -28,7 +28,7 @@ class Metric:
 
 
 class Accuracy(Metric):
-    """Fraction of samples whose largest output is at the label. The first of equal maxima counts."""
+    """Fraction of samples whose largest output is at the label; of equal ones the first counts."""
 
     name = "accuracy"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,16 +40,20 @@ def mlp(
         n_models: K for K models side by side, each with weights of its own.
     """
     if len(sizes) < 2:
-        raise ValueError(f"mlp: expected the widths of input and output at least, got {list(sizes)}")
+        raise ValueError(
+            f"mlp: expected the widths of input and output at least, got {list(sizes)}"
+        )
     if activation not in _ACTIVATIONS:
         raise ValueError(f"mlp: expected activation in {sorted(_ACTIVATIONS)}, got {activation!r}")
     function, initializer = _ACTIVATIONS[activation]
     rng = generator(check_seed(seed), INITIALIZE)
     layers: list[Layer] = []
     last = len(sizes) - 2
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         scheme = initializer if i < last else glorot_uniform
-        layers.append(Linear(n_in, n_out, initializer=scheme, rng=rng, dtype=dtype, n_models=n_models))
+        layers.append(
+            Linear(n_in, n_out, initializer=scheme, rng=rng, dtype=dtype, n_models=n_models)
+        )
         if i < last:
             layers += [function()] + ([Dropout(dropout)] if dropout else [])
     return Sequential(*layers)

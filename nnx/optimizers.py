@@ -39,24 +39,38 @@ class Optimizer:
         self.weight_decay = weight_decay
         self._vector: ParameterVector | None = None
         self._steps: StepState | None = None
+        self._slots: dict[str, Array] = {}
 
     @property
     def vector(self) -> ParameterVector:
         """The parameters being optimized."""
         if self._vector is None:
             who = type(self).__name__
-            raise RuntimeError(f"{who}: not bound to parameters yet; call bind(vector) or make a Trainer")
+            raise RuntimeError(
+                f"{who}: not bound to parameters yet; call bind(vector) or make a Trainer"
+            )
         return self._vector
 
     @property
     def steps(self) -> StepState:
         """Step number, learning rates and loss log, where the parameters are."""
-        vector = self.vector
-        if self._steps is None or self._steps.backend is not vector.backend:
-            fresh = vector.backend.step_state()
-            fresh.number = 0 if self._steps is None else self._steps.number
+        here = self.vector.backend
+        if self._steps is None or self._steps.backend is not here:
+            fresh = here.step_state()
+            if self._steps is not None:  # the model has moved, and the state follows
+                fresh.number, there = self._steps.number, self._steps.backend
+                self._slots = {
+                    name: here.asarray(there.to_numpy(a)) for name, a in self._slots.items()
+                }
             self._steps = fresh
         return self._steps
+
+    def slot(self, name: str) -> Array:
+        """The state `name`, `(K, P)` like the parameters; zeros when first asked for."""
+        if name not in self._slots:
+            vector = self.vector
+            self._slots[name] = vector.backend.xp.zeros_like(vector.value)
+        return self._slots[name]
 
     def bind(self, vector: ParameterVector) -> None:
         """Work on these parameters from now on. An optimizer belongs to one vector."""
@@ -99,11 +113,11 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on: `step`, and the slots by name."""
-        return {"step": self.steps.number, **self.vector.slots}
+        return {"step": self.steps.number, **self._slots}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`."""
-        vector = self.vector
+        vector, steps = self.vector, self.steps
         slots = {name: array for name, array in state.items() if name != "step"}
         for name, array in slots.items():
             if array.shape != vector.value.shape or array.dtype != vector.value.dtype:
@@ -112,8 +126,7 @@ class Optimizer:
                     f"{vector.value.dtype}, got {array.shape} and {array.dtype}"
                 )
         for name, array in slots.items():
-            vector.slot(name)[...] = vector.backend.asarray(array)
-        steps = self.steps
+            self.slot(name)[...] = vector.backend.asarray(array)
         steps.number, steps.position, steps.rates = int(state["step"]), 0, np.empty(0)
 
     def config(self) -> dict[str, Any]:
@@ -160,7 +173,7 @@ class SGD(Optimizer):
         vector.backend.sgd(
             vector.value,
             vector.grad,
-            vector.slot("velocity") if self.momentum else None,
+            self.slot("velocity") if self.momentum else None,
             vector.groups,
             steps,
             loss,
@@ -208,8 +221,8 @@ class Adam(Optimizer):
         vector.backend.adam(
             vector.value,
             vector.grad,
-            vector.slot("m"),
-            vector.slot("v"),
+            self.slot("m"),
+            self.slot("v"),
             vector.groups,
             steps,
             loss,

@@ -1,4 +1,4 @@
-"""Parameters, and the flat vector that holds them all. Imports the backends, nothing else of nnx."""
+"""Parameters, and the flat vector that holds them all. Of nnx this imports the backends alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ class ParameterVector:
         value: `(K, P)`, one row per model; K is 1 without a model axis.
         grad: `(K, P)`.
         groups: Which elements have which learning rate scale and decay scale.
-        slots: The optimizer's state, arrays `(K, P)` by name; they move with the vector.
 
     Raises:
         ValueError: No parameters, one that belongs to another vector, or a leading axis not K.
@@ -88,7 +87,6 @@ class ParameterVector:
         backend = backend_of(*(p.value for p in parameters))
         self.parameters = tuple(parameters)
         self.n_models = n_models
-        self.slots: dict[str, Array] = {}
         self._spans: list[tuple[int, int]] = []
         start = 0
         for p in parameters:
@@ -97,7 +95,9 @@ class ParameterVector:
             start += -(-size // Groups.BLOCK) * Groups.BLOCK
         shape = (n_models or 1, start)
         dtype = parameters[0].value.dtype
-        self._place(backend, backend.xp.zeros(shape, dtype), backend.xp.zeros(shape, dtype), copy=True)
+        self._place(
+            backend, backend.xp.zeros(shape, dtype), backend.xp.zeros(shape, dtype), copy=True
+        )
         for p in parameters:
             p.vector = self
 
@@ -105,12 +105,6 @@ class ParameterVector:
     def size(self) -> int:
         """Number of parameters of one model, gaps not counted."""
         return sum(stop - start for start, stop in self._spans)
-
-    def slot(self, name: str) -> Array:
-        """The optimizer state `name`, `(K, P)`; zeros when first asked for."""
-        if name not in self.slots:
-            self.slots[name] = self.backend.xp.zeros_like(self.value)
-        return self.slots[name]
 
     def clear_unwritten(self) -> None:
         """Zero the gradients to which no backward pass of this step has contributed."""
@@ -124,7 +118,7 @@ class ParameterVector:
             p.fresh = True
 
     def to(self, backend: Backend) -> None:
-        """Move values, gradients and optimizer state to `backend`."""
+        """Move values and gradients to `backend`; an optimizer's state follows in its next step."""
         if backend is self.backend:
             return
 
@@ -132,7 +126,6 @@ class ParameterVector:
             return backend.asarray(self.backend.to_numpy(a))
 
         value, grad = move(self.value), move(self.grad)
-        self.slots = {name: move(a) for name, a in self.slots.items()}
         self._place(backend, value, grad, copy=False)
 
     def _place(self, backend: Backend, value: Array, grad: Array, *, copy: bool) -> None:
@@ -158,8 +151,8 @@ class ParameterVector:
 def _merge(runs: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:
     """Join neighbours of equal settings, so that a model without groups is one run."""
     merged: list[tuple[int, int, float, float]] = []
-    for start, stop, *settings in runs:
-        if merged and merged[-1][2:] == tuple(settings):
+    for start, stop, lr_scale, decay_scale in runs:
+        if merged and merged[-1][2:] == (lr_scale, decay_scale):
             start = merged.pop()[0]
-        merged.append((start, stop, *settings))
+        merged.append((start, stop, lr_scale, decay_scale))
     return merged

@@ -26,20 +26,22 @@ class History(dict[str, list[Any]]):
 
     `loss` is the mean over the epoch's samples while the parameters were changing, and so are the
     training metrics; `validation_...` is measured at the epoch's end. With K models every entry is
-    an array `(K,)`.
+    an array `(K,)`. What one `fit` measured and another didn't is NaN in the other's epochs.
     """
 
     def append(self, record: dict[str, Any]) -> None:
         """Add an epoch."""
-        for name, value in record.items():
-            self.setdefault(name, []).append(value)
+        n = max(map(len, self.values()), default=0)
+        for name in self | record:
+            self.setdefault(name, [math.nan] * n).append(record.get(name, math.nan))
 
     def to_csv(self, path: str | Path) -> None:
         """Write one row per epoch; with K models, columns `loss[0]`, `loss[1]`, ..."""
         columns: dict[str, list[Any]] = {}
         for name, values in self.items():
-            if np.ndim(values[0]):
-                columns |= {f"{name}[{k}]": [v[k] for v in values] for k in range(len(values[0]))}
+            if any(map(np.ndim, values)):
+                table = np.stack(np.broadcast_arrays(*values), axis=-1)
+                columns |= {f"{name}[{k}]": row.tolist() for k, row in enumerate(table)}
             else:
                 columns[name] = values
         with Path(path).open("w", newline="") as file:
@@ -92,8 +94,8 @@ class Trainer:
             raise ValueError("Trainer: expected a model with parameters, got none")
         if model.n_models != loss.n_models:
             raise ValueError(
-                f"Trainer: expected model and loss of one number of models, got {model.n_models} and "
-                f"{loss.n_models}; pass n_models={model.n_models} to the loss"
+                f"Trainer: expected model and loss of one number of models, got {model.n_models} "
+                f"and {loss.n_models}; pass n_models={model.n_models} to the loss"
             )
         self.seed = check_seed(seed)
         self.model, self.loss, self.optimizer = model, loss, optimizer
@@ -115,7 +117,7 @@ class Trainer:
         """Where the parameters are."""
         return self.vector.backend
 
-    # ---- one step ---------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------
 
     def train_step(self, x: Array, t: Array, weight: Array | None = None) -> Array:
         """Forward, loss, backward, update.
@@ -156,7 +158,7 @@ class Trainer:
         self.optimizer.step(loss)
         return logged
 
-    # ---- many steps -------------------------------------------------------------------------------
+    # ---- many steps ----------------------------------------------------------------------------
 
     def fit(
         self,
@@ -218,7 +220,8 @@ class Trainer:
                             f"fit: the loss became {record['loss']} in epoch {self.epoch}; "
                             "lower the learning rate, or scale the inputs to about [-1, 1]"
                         )
-                    if any([callback.on_epoch_end(self, record) for callback in callbacks]):
+                    wishes = [callback.on_epoch_end(self, record) for callback in callbacks]
+                    if any(wishes):
                         break
             finally:
                 if bar is not None:
@@ -246,8 +249,8 @@ class Trainer:
         for start in range(0, n, batch_size):
             size = min(batch_size, n - start)
             with self._begin((size, *data.shape)):
-                batch = data.gather(steps, batch_size, size)
-                self._train(*batch, metrics=totals)
+                x, t, *weight = data.gather(steps, batch_size, size)
+                self._train(x, t, weight[0] if weight else None, totals)
             if bar is not None:
                 bar.update()
             for callback in callbacks:
@@ -293,14 +296,14 @@ class Trainer:
         return record
 
     def predict(self, x: Any, *, batch_size: int = 512) -> np.ndarray:
-        """The model's outputs `(N, ...)`, or `(K, N, ...)`, on the host: logits for `SoftmaxNLL`."""
+        """The model's outputs on the host, `(N, ...)` or `(K, N, ...)`: logits for `SoftmaxNLL`."""
         with self.backend.activate():
             features = self._features("predict", x)
             data = _Data(self.backend, [features])
             outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]
             return np.concatenate(outputs, axis=0 if self.vector.n_models is None else 1)
 
-    # ---- data ---------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------
 
     def _features(self, who: str, x: Any) -> np.ndarray:
         x = _to_host(x)
@@ -322,9 +325,10 @@ class Trainer:
         arrays = [features, target]
         if weight is not None:
             weight = _to_host(weight).astype(dtype)
-            if weight.shape != (len(features),) or not (weight >= 0).all():
+            sound = np.isfinite(weight) & (weight >= 0)
+            if weight.shape != (len(features),) or not sound.all():
                 raise ValueError(
-                    f"{who}: expected {len(features)} non-negative sample weights, "
+                    f"{who}: expected {len(features)} finite, non-negative sample weights, "
                     f"got shape {weight.shape}"
                 )
             arrays.append(weight)

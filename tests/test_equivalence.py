@@ -4,6 +4,7 @@ A body gets a backend and returns a list of arrays. Values, dtypes and shapes mu
 one raises, the other must raise the same error with the same message.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from nnx.layers import Step
 pytestmark = pytest.mark.gpu
 
 Body = Callable[[Backend], list[Array]]
-TOLERANCE = {
+TOLERANCE: dict[Any, dict[str, Any]] = {
     np.dtype(np.float32): {"rtol": 1.3e-6, "atol": 1e-5},
     np.dtype(np.float64): {"rtol": 1e-12, "atol": 1e-12},
 }
@@ -167,7 +168,7 @@ def test_relu_of_what_is_not_a_number(dtype: Any) -> None:
     agree(body)
 
 
-# ---- losses ------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------
 
 
 LOSSES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
@@ -186,7 +187,8 @@ LOSSES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
 
 
 def test_no_loss_is_missing() -> None:
-    kinds = {k for k in vars(nnx.losses).values() if isinstance(k, type) and issubclass(k, nnx.Loss)}
+    members = vars(nnx.losses).values()
+    kinds = {k for k in members if isinstance(k, type) and issubclass(k, nnx.Loss)}
     assert {type(factory()) for factory, _, _ in LOSSES.values()} == kinds - {nnx.Loss}
 
 
@@ -216,7 +218,7 @@ def test_losses(name: str, dtype: Any) -> None:
         return [value] if gradient is None else [value, gradient]
 
     for option in ("", "weight", "zero weight", "scaled", "scaled by arrays", "value only"):
-        agree(lambda backend, option=option: body(backend, option))
+        agree(functools.partial(body, option=option))
         assert not isinstance(outcome(body, "numpy"), tuple), "the case itself is wrong"
 
 
@@ -233,7 +235,7 @@ def test_softmax_nll_at_extremes(dtype: Any) -> None:
     agree(body)
 
 
-# ---- optimizers and training -----------------------------------------------------------------------
+# ---- optimizers and training -------------------------------------------------------------------
 
 
 OPTIMIZERS: dict[str, Callable[[], nnx.Optimizer]] = {
@@ -251,9 +253,7 @@ def test_no_optimizer_is_missing() -> None:
     from nnx import optimizers
 
     kinds = {
-        k
-        for k in vars(optimizers).values()
-        if isinstance(k, type) and issubclass(k, nnx.Optimizer)
+        k for k in vars(optimizers).values() if isinstance(k, type) and issubclass(k, nnx.Optimizer)
     }
     assert {type(make()) for make in OPTIMIZERS.values()} == kinds - {nnx.Optimizer}
 
@@ -296,7 +296,7 @@ def test_evaluate_and_predict(dtype: Any) -> None:
     agree(body)
 
 
-# ---- errors ------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------
 
 
 def test_errors_are_the_same() -> None:
@@ -306,7 +306,9 @@ def test_errors_are_the_same() -> None:
     def on(backend: Backend, *shape: int, dtype: Any = f4) -> Array:
         return backend.asarray(np.zeros(shape), dtype)
 
-    fails(lambda b: [linear.to(b)(on(b, 4, 6))], ValueError, "last axis 7, got input of shape (4, 6)")
+    fails(
+        lambda b: [linear.to(b)(on(b, 4, 6))], ValueError, "last axis 7, got input of shape (4, 6"
+    )
     fails(lambda b: [linear.to(b)(on(b, 4, 7, dtype=f8))], TypeError, "float32 input, got float64")
     fails(lambda b: [nnx.ReLU()(on(b, 4, dtype=np.int64))], TypeError, "got int64")
     fails(lambda b: [nnx.Softmax()(on(b, 4, dtype=np.float16))], TypeError, "got float16")
@@ -316,8 +318,12 @@ def test_errors_are_the_same() -> None:
     fails(lambda b: [nll(on(b, 4, 3), on(b, 5, dtype=labels))[0]], ValueError, "(4,), got (5,)")
     fails(lambda b: [mse(on(b, 4, 3), on(b, 4))[0]], ValueError, "(4, 3), got (4,)")
     fails(lambda b: [mse(on(b, 4, 3), on(b, 4, 3, dtype=f8))[0]], TypeError, "got float64")
-    weighted = lambda b: nll(on(b, 4, 3), on(b, 4, dtype=labels), on(b, 3))  # noqa: E731
-    fails(lambda b: [weighted(b)[0]], ValueError, "sample weights of shape (4,), got (3,)")
+
+    def weighted(backend: Backend) -> list[Array]:
+        x, t, weight = on(backend, 4, 3), on(backend, 4, dtype=labels), on(backend, 3)
+        return [nll(x, t, weight)[0]]
+
+    fails(weighted, ValueError, "sample weights of shape (4,), got (3,)")
     many = nnx.SoftmaxNLL(n_models=2)
     fails(lambda b: [many(on(b, 4, 3), on(b, 4, dtype=labels))[0]], ValueError, "of 2 models")
     loose = nnx.Dropout(0.5)

@@ -147,7 +147,7 @@ def test_the_steps_of_fit_are_quiet_too() -> None:
                 self.open = None
 
     small_trainer().fit(x, t, epochs=3, batch_size=32, validation=(x, t), callbacks=[Watch()])
-    assert len(seen) == 9  # from the first to the fourth step of each epoch; the fourth has 4 samples
+    assert len(seen) == 9  # from the first to the fourth step of each epoch; the last has 4 samples
     for counts in seen[3:]:
         quiet(counts)
 
@@ -202,7 +202,7 @@ def test_a_planned_epoch_uploads_without_waiting() -> None:
     assert counts.waits == 0
 
 
-# ---- the same on both backends ---------------------------------------------------------------
+# ---- the same on both backends -----------------------------------------------------------------
 
 
 def run(backend: str, dtype: Any, dropout: float = 0.0) -> tuple[nnx.Trainer, list[np.ndarray]]:

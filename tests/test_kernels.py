@@ -27,7 +27,7 @@ TOLERANCE: dict[Any, tuple[float, float]] = {
 }
 
 
-def close(actual: Array, expected: np.ndarray, dtype: Any, *, exact: bool = False) -> None:
+def close(actual: Array, expected: Any, dtype: Any, *, exact: bool = False) -> None:
     """Compare a device array with a host one: dtype, shape, and values (NaN equal to NaN only)."""
     actual = get_backend("cupy").to_numpy(actual)
     assert actual.dtype == dtype
@@ -46,7 +46,7 @@ def unpack(mask: np.ndarray, n: int) -> np.ndarray:
 
 def special(rng: np.random.Generator, shape: Any, dtype: Any) -> np.ndarray:
     """Normal values with zeros of both signs, infinities and NaN strewn in."""
-    x = rng.standard_normal(shape).astype(dtype)
+    x: np.ndarray = rng.standard_normal(shape).astype(dtype)
     flat = x.reshape(-1)
     for i, value in enumerate([0.0, -0.0, np.inf, -np.inf, np.nan]):
         flat[i::17] = value
@@ -99,7 +99,7 @@ def test_overrides_have_the_signature_of_their_definition() -> None:
             assert inspect.signature(getattr(other, name)) == expected, (other, name)
 
 
-# ---- ReLU ---------------------------------------------------------------------------------------
+# ---- ReLU --------------------------------------------------------------------------------------
 
 
 @gpu
@@ -159,7 +159,7 @@ def test_strided_inputs_are_read_by_value(dtype: Any, rng: np.random.Generator) 
     close(y, np.maximum(x.T, 0), dtype, exact=True)
 
 
-# ---- softmax and negative log-likelihood ----------------------------------------------------------
+# ---- softmax and negative log-likelihood -------------------------------------------------------
 
 
 @gpu
@@ -181,7 +181,9 @@ def test_softmax_nll(shape: tuple[int, int], dtype: Any, rng: np.random.Generato
         {"need_gradient": False},
     ]
     for option in options:
-        exact = {k: v.astype(wide) if isinstance(v, np.ndarray) else v for k, v in option.items()}
+        exact: dict[str, Any] = {
+            k: v.astype(wide) if isinstance(v, np.ndarray) else v for k, v in option.items()
+        }
         expected, gradient = REFERENCE.softmax_nll(logits.astype(wide), labels, **exact)
         there = {k: cuda.asarray(v) if isinstance(v, np.ndarray) else v for k, v in option.items()}
         loss, actual = cuda.softmax_nll(cuda.asarray(logits), cuda.asarray(labels), **there)
@@ -231,7 +233,7 @@ def test_softmax_nll_repeats_bit_for_bit(rng: np.random.Generator) -> None:
     assert len(losses) == 1
 
 
-# ---- dropout, optimizers, data ---------------------------------------------------------------------
+# ---- dropout, optimizers, data -----------------------------------------------------------------
 
 
 @gpu
@@ -352,7 +354,7 @@ def test_count_correct(shape: tuple[int, int], dtype: Any, rng: np.random.Genera
     assert int(one) == expected[0] - 100
 
 
-# ---- the launch helper -----------------------------------------------------------------------------
+# ---- the launch helper -------------------------------------------------------------------------
 
 
 @gpu

@@ -149,9 +149,13 @@ class Layer:
         for name, array in own.items():
             new = state[name]
             if array.shape != new.shape:
-                raise ValueError(f"load_state: expected {name} of shape {array.shape}, got {new.shape}")
+                raise ValueError(
+                    f"load_state: expected {name} of shape {array.shape}, got {new.shape}"
+                )
             if array.dtype != new.dtype:
-                raise TypeError(f"load_state: expected {name} of dtype {array.dtype}, got {new.dtype}")
+                raise TypeError(
+                    f"load_state: expected {name} of dtype {array.dtype}, got {new.dtype}"
+                )
         for name, array in own.items():
             array[...] = backend_of(array).asarray(state[name])
 

@@ -87,15 +87,26 @@ class Sequential(Layer):
 class Flatten(Layer):
     """Joins all axes but the first (with K models, the first two) into one.
 
+    Args:
+        n_models: K for K models side by side.
+
     Shape: x `(N, ...)` -> y `(N, n)`, with K models `(K, N, ...)` -> `(K, N, n)`.
 
     Saved: the input's shape. Gradient: dy in that shape.
     """
 
+    def __init__(self, n_models: int | None = None) -> None:
+        self.n_models = n_models
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        return {"n_models": self.n_models}
+
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:  # noqa: D102
         kept = 1 if self.n_models is None else 2
         if x.ndim < kept:
-            raise ValueError(f"Flatten: expected at least {kept} axes, got input of shape {x.shape}")
+            raise ValueError(
+                f"Flatten: expected at least {kept} axes, got input of shape {x.shape}"
+            )
         n = 1
         for width in x.shape[kept:]:
             n *= width

@@ -52,7 +52,9 @@ class Linear(Layer):
         n_models: int | None = None,
     ) -> None:
         if n_in < 1 or n_out < 1:
-            raise ValueError(f"Linear: expected n_in and n_out of at least 1, got {n_in} and {n_out}")
+            raise ValueError(
+                f"Linear: expected n_in and n_out of at least 1, got {n_in} and {n_out}"
+            )
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"Linear: expected dtype float32 or float64, got {np.dtype(dtype)}")
         if rng is None:
@@ -154,7 +156,5 @@ class LinearReLU:
         linear, bias, (x, mask) = self.linear, self.bias, saved
         shape = dy.shape
         dy = dy.reshape(*linear.weight.value.shape[:-2], -1, linear.n_out)
-        dz = backend_of(dy).bias_relu_backward(
-            dy, mask, bias.grad, accumulate=bias.accumulate()
-        )
+        dz = backend_of(dy).bias_relu_backward(dy, mask, bias.grad, accumulate=bias.accumulate())
         return linear._product_backward(dz, x, shape, need_dx)
