@@ -23,8 +23,8 @@ from nnx.backends.philox import drop_threshold
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
-# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64", "f64",
-# "=" before those it writes, "?" behind those that may be None. Scalars: "int", "uint", "float".
+# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64" and
+# "f64", "=" before one it writes, "?" behind one that may be None. Scalars: "int", "uint", "float".
 _KERNELS = {
     "relu": ("relu.cu", "=T =u32 T int"),
     "relu_backward": ("relu.cu", "=T T u32 int"),

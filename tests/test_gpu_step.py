@@ -104,6 +104,21 @@ def test_a_step_neither_waits_nor_allocates_after_the_first(optimizer: nnx.Optim
     assert len({float(loss) for loss in losses}) == 3  # each is a view of its own
 
 
+@pytest.mark.parametrize("activation", [nnx.Sigmoid, nnx.Tanh])
+def test_layers_without_kernels_are_quiet_too(activation: type[nnx.Layer]) -> None:
+    cuda, rng = get_backend("cupy"), np.random.default_rng(0)
+    x = cuda.asarray(rng.standard_normal((32, 20)), np.float32)
+    t = cuda.asarray(rng.standard_normal((32, 4)), np.float32)
+    model = nnx.Sequential(
+        nnx.Linear(20, 8, rng=rng), activation(), nnx.Linear(8, 4, rng=rng), nnx.Softmax()
+    )
+    trainer = nnx.Trainer(model, nnx.MeanSquaredError(), nnx.SGD(0.1), backend="cupy")
+    trainer.train_step(x, t)
+    with counted() as counts:
+        trainer.train_step(x, t)
+    quiet(counts)
+
+
 def test_a_short_batch_a_validation_pass_and_a_callback_change_nothing() -> None:
     trainer = small_trainer()
     x, t = batch(32)
