@@ -9,8 +9,9 @@ everything else is xp code in the layers.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -93,6 +94,7 @@ class Backend(Protocol):
     def activate(self) -> contextlib.AbstractContextManager[Any]: ...
     def fits(self, nbytes: int) -> bool: ...
     def step_state(self) -> StepState: ...
+    def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array: ...
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array: ...
     def relu(self, x: Array) -> tuple[Array, Array]: ...
@@ -147,6 +149,33 @@ class Backend(Protocol):
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]: ...
     def count_correct(self, scores: Array, labels: Array, total: Array) -> None: ...
+
+
+FUNCTIONS = frozenset(
+    ("abs", "exp", "expm1", "log", "log1p", "maximum", "minimum", "sign", "sqrt", "tanh", "where")
+)
+"""What an expression of `elementwise` may call; NaN goes through all of them."""
+
+
+@functools.cache
+def _compiled(expression: str) -> CodeType:
+    return compile(expression, f"<{expression}>", "eval")
+
+
+def check_operands(expression: str, out: Array, operands: dict[str, Any]) -> None:
+    """Check that every array among the operands has the shape and dtype of `out`."""
+    for name, operand in operands.items():
+        if isinstance(operand, (int, float)):
+            continue
+        if operand.shape != out.shape:
+            raise ValueError(
+                f"elementwise ({expression}): expected {name} of shape {out.shape}, "
+                f"got {operand.shape}"
+            )
+        if operand.dtype != out.dtype:
+            raise TypeError(
+                f"elementwise ({expression}): expected {name} of {out.dtype}, got {operand.dtype}"
+            )
 
 
 class Groups:
@@ -226,6 +255,27 @@ class XpBackend:
     def step_state(self) -> StepState:
         """A fresh `StepState`."""
         return StepState(self)
+
+    # ---- element by element ---------------------------------------------------------------------
+
+    def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array:
+        """`out[...] = expression`, element by element; one launch on CuPy.
+
+        Args:
+            expression: One line that means the same in Python and in CUDA C++: operands by name,
+                numbers, `+ - * /`, comparisons, and calls of `FUNCTIONS`. Both sides of a `where`
+                are computed, so neither may overflow.
+            out: Written. May be one of the operands.
+            operands: Arrays of the shape and dtype of `out`, and Python numbers.
+
+        Raises:
+            ValueError: An array's shape isn't that of `out`.
+            TypeError: An array's dtype isn't that of `out`.
+        """
+        check_operands(expression, out, operands)
+        names = {name: getattr(self, name, None) or getattr(self.xp, name) for name in FUNCTIONS}
+        out[...] = eval(_compiled(expression), {"__builtins__": {}}, names | operands)
+        return out
 
     # ---- linear algebra ------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -17,7 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from nnx.backends.base import Array, BackendUnavailable, Groups, StepState, XpBackend
+from nnx.backends.base import (
+    Array,
+    BackendUnavailable,
+    Groups,
+    StepState,
+    XpBackend,
+    check_operands,
+)
 from nnx.backends.philox import drop_threshold
 
 THREADS = 256  # of a block, in every kernel
@@ -90,6 +98,11 @@ class CupyStepState(StepState):
         self.device_rates = self._upload(rates, self.device_rates)
         if order is not None:
             self.order = self._upload(order.astype(np.int64), None)
+
+    def advance(self, loss: Array | None) -> None:
+        """As in `StepState`, on the device too; for optimizers that have no kernel."""
+        super().advance(loss)
+        self.counters += 1
 
     def _upload(self, host: np.ndarray, out: Array | None) -> Array:
         """Copy `host` to `out` if that has its shape, else to a new array; returns it."""
@@ -218,6 +231,16 @@ class CupyBackend(XpBackend):
         if ticket is None:
             ticket = self._tickets[stream] = self.xp.zeros(1, np.uint32)
         return ticket
+
+    # ---- element by element ---------------------------------------------------------------------
+
+    def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array:
+        """As in `XpBackend`, in one launch; strides are CuPy's business."""
+        check_operands(expression, out, operands)
+        numbers = tuple(name for name, a in operands.items() if isinstance(a, (int, float)))
+        kernel = _elementwise(expression, tuple(operands), numbers)
+        kind = out.dtype.type
+        return kernel(*(kind(a) if name in numbers else a for name, a in operands.items()), out)
 
     # ---- ReLU ----------------------------------------------------------------------------------
 
@@ -517,6 +540,32 @@ class CupyBackend(XpBackend):
                 n,
             )
         return batch
+
+
+@functools.cache
+def _elementwise(expression: str, operands: tuple[str, ...], numbers: tuple[str, ...]) -> Any:
+    """The `ElementwiseKernel` of an expression, its number literals cast to the arrays' dtype."""
+    import cupy
+
+    literal = r"(?<![\w.])(\d+\.?\d*(?:e[+-]?\d+)?)"
+    body = re.sub(literal, r"T(\1)", expression)
+    name = "nnx_" + re.sub(r"\W+", "_", expression)[:80]
+    return cupy.ElementwiseKernel(
+        ", ".join(f"T {operand}" for operand in operands),
+        "T out_",
+        f"out_ = {body}",
+        name,
+        preamble=_ELEMENTWISE_PREAMBLE,
+    )
+
+
+# What the functions of an expression are in CUDA C++; NaN goes through, as in NumPy.
+_ELEMENTWISE_PREAMBLE = """
+template <typename T> __device__ T where(bool c, T a, T b) { return c ? a : b; }
+template <typename T> __device__ T maximum(T a, T b) { return a > b || a != a ? a : b; }
+template <typename T> __device__ T minimum(T a, T b) { return a < b || a != a ? a : b; }
+template <typename T> __device__ T sign(T a) { return a != a ? a : T((a > T(0)) - (a < T(0))); }
+"""
 
 
 def _words(n: int) -> int:

@@ -16,6 +16,10 @@ from nnx.backends import Backend, backend_of, resolve
 from nnx.layers import Layer
 
 _FORMAT = 1
+_DAMAGE = (  # what a description that makes no sense, is nested too deep or far too large raises
+    *(LookupError, AttributeError, TypeError, ValueError),
+    *(RecursionError, OverflowError, MemoryError),
+)
 
 
 def save(model: Layer, path: str | Path) -> None:
@@ -69,7 +73,7 @@ def load(
         classes |= {kind.__name__: kind for kind in layers}
         model = _build(description["model"], "", classes, {})
         model.load_state(arrays)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, *_DAMAGE) as error:
         raise ValueError(f"load: {path} is not a model file of nnx: {error}") from error
     return model.to(resolve(backend))
 

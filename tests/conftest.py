@@ -37,7 +37,7 @@ def _missing(marker: str) -> str | None:
         if any(name.startswith("cupy") for name in available()):
             return None
         get_backend("cupy")
-    except (BackendUnavailable, ModuleNotFoundError) as error:
+    except BackendUnavailable as error:
         return f"no CUDA device: {error}"
     return "no CUDA device: nnx.backends.available() names none"
 

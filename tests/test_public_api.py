@@ -1,0 +1,173 @@
+"""What the library promises from outside: names, docstrings, a light import, a small core."""
+
+import ast
+import importlib
+import importlib.metadata
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nnx
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["nnx", "nnx.backends", "nnx.data", "nnx.layers"]
+MODULES = sorted([*(ROOT / "nnx").rglob("*.py"), *(ROOT / "backends").glob("*.py")])
+NOT_CORE = {"cli.py", "plot.py", "data"}
+
+# Lines of code of the core without comments and docstrings. It was 2,362 when this was written;
+# a quarter more is what may still come. The point isn't the number but that somebody who wants to
+# know how it works can read all of it in one sitting: what the core doesn't need goes elsewhere.
+CORE_BUDGET = 2_950
+
+# Everything that is imported when it is first used, and not before.
+ON_DEMAND = {
+    *("cupy", "matplotlib", "mpi4py", "onnx", "pooch", "pyarrow"),
+    *("safetensors", "scipy", "sklearn", "torch", "tqdm"),
+}
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_lists_what_is_public(package: str) -> None:
+    module = importlib.import_module(package)
+    listed = module.__all__
+    assert len(listed) == len(set(listed))
+    assert listed == sorted(listed, key=_isort_key)
+    for name in listed:
+        assert hasattr(module, name), name
+    ours = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not isinstance(value, types.ModuleType)
+        and str(getattr(value, "__module__", "")).partition(".")[0] == "nnx"
+    }
+    assert ours <= set(listed)
+
+
+def _isort_key(name: str) -> tuple[int, str]:
+    """Constants, then classes, then the rest: the order of Ruff's RUF022."""
+    return 0 if name.isupper() else 1 if name[0].isupper() else 2, name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_everything_public_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, definitions)
+        and not node.name.startswith("_")
+        and ast.get_docstring(node) is None
+    ]
+    assert not bare
+    assert ast.get_docstring(tree) is not None
+
+
+def test_the_version_is_that_of_the_installed_distribution() -> None:
+    try:
+        installed = importlib.metadata.version("nnx-xp")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nnx runs from a checkout that isn't installed")
+    assert nnx.__version__ == installed
+
+
+# ---- a light import --------------------------------------------------------------------------
+
+
+def _imported_by(statement: str) -> set[str]:
+    """Top-level names of the modules that are loaded after `statement`, in a fresh interpreter."""
+    code = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+
+
+def test_import_needs_numpy_and_the_standard_library_only() -> None:
+    # NumPy's own parts bring helpers along, and `site` may load hooks of other packages
+    before = _imported_by("import numpy, numpy.random")
+    loaded = _imported_by("import nnx")
+    assert loaded - before - set(sys.stdlib_module_names) == {"nnx"}
+    assert not loaded & ON_DEMAND
+
+
+# ---- a small core ----------------------------------------------------------------------------
+
+
+def _code_lines(path: Path) -> int:
+    """Lines that hold code: neither blank nor only a comment or a docstring."""
+    text = path.read_text()
+    silent = {
+        *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
+        *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
+    }
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in silent:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
+
+
+def test_lines_of_code_are_counted_right(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""Two\nlines."""\n\n# a comment\nx = """a\nb"""  # two lines\n\n\ny = (\n    1\n)\n'
+    )
+    assert _code_lines(path) == 5
+
+
+def test_a_reader_finishes_the_core_in_one_sitting() -> None:
+    core = [path for path in MODULES if not NOT_CORE & set(path.relative_to(ROOT).parts)]
+    lines = {str(path.relative_to(ROOT)): _code_lines(path) for path in core}
+    assert "nnx/trainer.py" in lines
+    assert "backends/base.py" in lines
+    assert sum(lines.values()) <= CORE_BUDGET, lines
+
+
+# ---- the README ------------------------------------------------------------------------------
+
+
+def _readme_blocks(language: str) -> Iterator[str]:
+    text = (ROOT / "README.md").read_text()
+    return (m[1] for m in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S))
+
+
+def test_the_example_in_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NNX_BACKEND", raising=False)
+    (example,) = _readme_blocks("python")
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    accuracy = float(capsys.readouterr().out.split()[-1])
+    assert accuracy > 0.95
+
+
+def test_the_readme_names_extras_that_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert rows
+    assert set(rows) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "bench/README.md"])
+def test_links_between_documents_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]
