@@ -62,24 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         try:
             args.call(args)
-            status = 0
-        except (CliError, KeyboardInterrupt) as error:
-            status = _report(args, error)
-        print(end="", flush=True)
+            print(end="", flush=True)
+        except BrokenPipeError:
+            raise
+        except (CliError, OSError, KeyboardInterrupt) as error:
+            return _report(args, error)
     except SystemExit as stop:  # argparse has said everything
         return int(stop.code or 0)
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return status
+    return 0
 
 
-def _report(args: argparse.Namespace, error: CliError | KeyboardInterrupt) -> int:
+def _report(args: argparse.Namespace, error: CliError | OSError | KeyboardInterrupt) -> int:
     """Say on the standard error why the command ended; returns the exit status."""
     if args.debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         error = CliError("interrupted", 130)
+    elif isinstance(error, OSError):  # no input error, so the disk is full or the like
+        error = CliError(str(error), 1)
     _warn(args, f"{'' if error.status == 130 else 'error: '}{error}")
     return error.status
 
@@ -400,7 +402,7 @@ def _column_names(data: str) -> list[str] | None:
     """Names of a table's columns; None for data whose features have no names."""
     if data in _BUILT_IN or _suffix(data) not in _TABLES or Path(data).is_dir():
         return None
-    return list(_open_table(data).column_names)
+    return list(_open_table(data).column_names)  # also checks that the names are names
 
 
 def _check_columns(path: str, run: Run, found: list[str]) -> None:
@@ -440,12 +442,14 @@ def _train(args: argparse.Namespace) -> None:
         trainer = run.new_trainer(backend)
         folder = _claim_folder(settings)
         run.write(folder)
-    if not settings.quiet:  # not flushed: a closed pipe is no reason not to train
+    if not settings.quiet:
         sizes = "-".join(map(str, [run.n_features, *settings.hidden, len(run.classes)]))
-        print(
-            f"model {sizes} {settings.activation}: {trainer.vector.size:,} parameters, "
-            f"{len(train):,} training samples, {backend.name}"
-        )
+        with contextlib.suppress(BrokenPipeError):  # no reason not to train
+            print(
+                f"model {sizes} {settings.activation}: {trainer.vector.size:,} parameters, "
+                f"{len(train):,} training samples, {backend.name}",
+                flush=True,
+            )
     seconds = _fit(trainer, run, train, test, folder)
     scores = trainer.evaluate(test.x, test.t)
     _save(trainer, run, folder, seconds=seconds, **{f"test_{k}": v for k, v in scores.items()})

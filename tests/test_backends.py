@@ -416,7 +416,7 @@ def test_dropout_drops_what_the_words_say(
 
 def test_dropout_keeps_a_unit_whose_word_is_exactly_p(backend: Backend, dtype: Any) -> None:
     words = oracles.words32(0, 0, 4096)
-    edges = [(i, w) for i, w in enumerate(words) if 0 < w and w % 256 == 0]
+    edges = [(i, w) for i, w in enumerate(words) if w > 0 and w % 256 == 0]
     assert len(edges) > 3
     for i, word in edges[:4]:
         state = planned(backend, [0.1], dtype)
@@ -583,7 +583,8 @@ def test_arena_grows_once_and_never_shrinks() -> None:
 
 def test_arena_follows_a_step_that_asks_for_something_else() -> None:
     arena = Arena(np)
-    for requests in (REQUESTS, REQUESTS[::-1], REQUESTS[:2], REQUESTS):
+    other_dtypes = [(shape, np.uint8) for shape, _ in REQUESTS]
+    for requests in (REQUESTS, REQUESTS[::-1], REQUESTS[:2], other_dtypes, REQUESTS):
         for _ in range(2):
             arrays = take(arena, *requests)
             for i, a in enumerate(arrays):

@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = table(folder / "pets.csv")
     out = ("--out", str(folder / "runs"), "--backend", "numpy")
     assert main(["train", *SHORT, *out]) == 0
-    assert main(["train", "--data", str(data), "--epochs", "30", "--hidden", "16", *out]) == 0
+    assert main(["train", "--data", str(data), "--epochs", "30", "--lr", "0.01", *out]) == 0
     return folder
 
 
@@ -77,7 +77,8 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def environment() -> dict[str, str]:
     """For a real process: this checkout, and one thread so that tests side by side don't starve."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    settings = {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    return os.environ | settings
 
 
 def fails(result: Result, command: str, *parts: str, status: int = 2) -> None:
@@ -187,10 +188,12 @@ def test_config_json_holds_every_setting_and_what_prediction_needs(run: Nnx) -> 
 
 def test_flags_reach_model_and_optimizer(run: Nnx, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[nnx.Trainer] = []
+    values: list[Any] = []
     build = cli.Run.new_trainer
 
     def spy(self: cli.Run, backend: Backend) -> nnx.Trainer:
         made.append(build(self, backend))
+        values.extend(value.copy() for value in made[0].model.state().values())
         return made[0]
 
     monkeypatch.setattr(cli.Run, "new_trainer", spy)
@@ -201,8 +204,10 @@ def test_flags_reach_model_and_optimizer(run: Nnx, monkeypatch: pytest.MonkeyPat
     assert repr(trainer.optimizer) == repr(
         nnx.SGD(0.5, momentum=0.5, nesterov=True, weight_decay=0.125)
     )
-    expected = nnx.mlp([64, 8, 4, 10], activation="tanh", dropout=0.25, dtype="float64")
+    expected = nnx.mlp([64, 8, 4, 10], activation="tanh", dropout=0.25, dtype="float64", seed=9)
     assert repr(trainer.model) == repr(expected)
+    for value, new in zip(values, expected.state().values(), strict=True):
+        np.testing.assert_array_equal(value, new)
     assert trainer.seed == 9
     assert trainer.optimizer.steps.number == 3  # 1,438 samples in batches of 700
 
@@ -548,6 +553,16 @@ def test_an_interrupted_training_is_saved(run: Nnx, monkeypatch: pytest.MonkeyPa
     assert cut == whole
 
 
+def test_a_disk_that_fills_up_is_a_failure_of_one_line(
+    run: Nnx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nnx, "save", full)
+    fails(run("train", *SHORT), "train", "No space left on device", status=1)
+
+
 def test_an_interrupt_elsewhere_is_one_line(run: Nnx, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -630,6 +645,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(run: Nnx) -> None:
         assert child.wait(timeout=60) == 0
 
 
+def test_a_training_whose_reader_has_gone_is_saved() -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "nnx", "train", *SHORT]
+    result = subprocess.run(
+        command, env=environment(), stdout=theirs, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(theirs)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert {path.name for path in Path("runs/digits-0001").iterdir()} == FILES
+
+
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
@@ -693,9 +720,14 @@ def test_evaluate_refuses_data_that_do_not_fit(run: Nnx, argv: str, part: str) -
     Path("swapped.csv").write_text("b,a,kind\n1,2,cat\n")
     np.savez("wide.npz", x=np.ones((1, 3)), y=["cat"])
     np.savez("huge.npz", x=np.full((1, 2), 3.4e38), y=["cat"])
+    small_scale()
+    fails(run("evaluate", "runs/pets-0001", *argv.split()), "evaluate", part)
+
+
+def small_scale() -> None:
+    """Let the run on the pets divide by so little that the largest numbers overflow."""
     path = Path("runs/pets-0001/config.json")
     path.write_text(re.sub(r'"scale": \[\s*[^,]+', '"scale": [ 0.001', path.read_text()))
-    fails(run("evaluate", "runs/pets-0001", *argv.split()), "evaluate", part)
 
 
 def damage(text: str, **changes: Any) -> str:
@@ -803,6 +835,7 @@ def test_predict_leaves_the_label_out_wherever_it_stands(run: Nnx) -> None:
         ("words.csv", "'one'"),
         ("narrow.npy", "expected 2 features, got 1"),
         ("nan.npy", "NaN"),
+        ("huge.npy", "standardized: expected finite features"),
         ("folder", "folder"),
     ],
 )
@@ -812,6 +845,8 @@ def test_predict_refuses_features_that_do_not_fit(run: Nnx, data: str, part: str
     Path("words.csv").write_text("a,b\n1,one\n")
     np.save("narrow.npy", np.ones((2, 1)))
     np.save("nan.npy", np.full((2, 2), np.nan))
+    np.save("huge.npy", np.full((2, 2), 3.4e38))
+    small_scale()
     Path("folder").mkdir()
     fails(run("predict", "runs/pets-0001", "--data", data), "predict", part)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 from oracles import assert_close, assert_same_bits
 
@@ -163,6 +164,50 @@ def test_train_step_returns_the_loss_before_the_update(
         backend.to_numpy(losses[0]), before, depth=10, dtype=dtype
     )  # not overwritten since
     assert backend.to_numpy(losses[2]) < backend.to_numpy(losses[1])
+
+
+class Tap(Layer):
+    """The identity; keeps what comes through."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def forward(self, x: Any, *, step: Any = None) -> tuple[Any, Any]:
+        self.seen.append(backend_of(x).to_numpy(x).copy())
+        return x, None
+
+    def backward(self, dy: Any, saved: Any, *, need_dx: bool = True) -> Any:
+        return dy if need_dx else None
+
+
+def test_dropout_masks_follow_from_seed_layer_use_and_step(backend: Backend) -> None:
+    tap, drop = Tap(), Dropout(0.5)
+    model = Sequential(drop, tap, drop, tap, Linear(4, 1, rng=np.random.default_rng(0)))
+    trainer = Trainer(model, MeanSquaredError(), SGD(0.1), seed=8, backend=backend)
+    x = np.ones((16, 4), np.float32)
+    for _ in range(3):
+        trainer.train_step(backend.asarray(x), backend.asarray(x[:, :1]))
+    for i, seen in enumerate(tap.seen):
+        step, use = divmod(i, 2)
+        masks = [oracles.dropped(0.5, (16, 4), 8, 1, u, step) for u in range(use + 1)]
+        np.testing.assert_array_equal(seen == 0, np.logical_or.reduce(masks))
+
+
+@pytest.mark.parametrize("optimizer", [lambda: SGD(0.1, momentum=0.9), Adam], ids=["sgd", "adam"])
+def test_a_run_taken_up_again_is_the_run_not_interrupted(
+    backend: Backend, rng: np.random.Generator, optimizer: Any
+) -> None:
+    batches = [[backend.asarray(a) for a in blobs(rng, 16)] for _ in range(6)]
+    straight, first, second = (classifier(backend, optimizer=optimizer()) for _ in range(3))
+    for batch in batches:
+        straight.train_step(*batch)
+    for batch in batches[:3]:
+        first.train_step(*batch)
+    second.model.load_state(first.model.state())
+    second.optimizer.load_state(first.optimizer.state())
+    for batch in batches[3:]:
+        second.train_step(*batch)
+    assert_same_weights(second, straight)
 
 
 def test_train_step_goes_past_the_plan(backend: Backend) -> None:
