@@ -27,7 +27,9 @@ def save(model: Layer, path: str | Path) -> None:
 
     Raises:
         TypeError: A layer's `config` isn't JSON.
+        OSError: The file can't be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
@@ -37,6 +39,8 @@ def save(model: Layer, path: str | Path) -> None:
     try:
         save_file(arrays, temporary, metadata={"nnx": json.dumps(description)})
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"save: can't write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -32,7 +32,6 @@ import numpy as np
 import nnx
 from nnx.backends import Backend, BackendUnavailable, available, get_backend, resolve
 from nnx.data import Dataset, Standardizer, check_features, encode_labels, read_data, read_features
-from nnx.data.readers import _open_table
 
 _BUILT_IN = ("digits", "mnist")
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -402,7 +401,7 @@ def _column_names(data: str) -> list[str] | None:
     """Names of a table's columns; None for data whose features have no names."""
     if data in _BUILT_IN or _suffix(data) not in _TABLES or Path(data).is_dir():
         return None
-    return list(_open_table(data).column_names)  # also checks that the names are names
+    return nnx.data.column_names(data)  # also checks that the names are names
 
 
 def _check_columns(path: str, run: Run, found: list[str]) -> None:

@@ -604,7 +604,7 @@ def test_a_terminal_has_a_progress_bar_and_control_c_stops_it(terminal: tuple[in
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        assert "step/s" in shown(leader, until="validation_loss=")  # the first epoch has ended
+        assert "step/s" in shown(leader, until="val_accuracy=")  # the first epoch has ended
         child.send_signal(signal.SIGINT)
         rest = shown(leader, until="runs/digits-0001")
         assert child.wait(timeout=60) == 130

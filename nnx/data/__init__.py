@@ -13,13 +13,14 @@ from nnx.data.arrays import (
     stratified_split,
 )
 from nnx.data.builtin import load, load_digits, load_mnist, logic_gate
-from nnx.data.readers import read_data, read_features, read_idx, read_npz, read_table
+from nnx.data.readers import column_names, read_data, read_features, read_idx, read_npz, read_table
 
 __all__ = [
     "Dataset",
     "Standardizer",
     "check_features",
     "check_labels",
+    "column_names",
     "encode_labels",
     "load",
     "load_digits",

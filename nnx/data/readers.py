@@ -318,6 +318,11 @@ def _bad_numpy(path: Path, error: Exception) -> ValueError:
     )
 
 
+def column_names(path: PathLike) -> list[str]:
+    """Names of a table's columns, the label among them; `path` as in `read_table`."""
+    return list(_open_table(path).column_names)
+
+
 def _open_table(path: PathLike) -> Any:
     """Read a pyarrow.Table whose columns all have a name of their own."""
     kind = _kind(_existing(path))
