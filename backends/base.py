@@ -95,6 +95,7 @@ class Backend(Protocol):
     def fits(self, nbytes: int) -> bool: ...
     def step_state(self) -> StepState: ...
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
+    def erf(self, x: Array) -> Array: ...
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array: ...
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array: ...
     def relu(self, x: Array) -> tuple[Array, Array]: ...
@@ -106,9 +107,12 @@ class Backend(Protocol):
     def softmax_nll(
         self,
         logits: Array,
-        labels: Array,
+        target: Array,
         weight: Array | None = None,
         *,
+        class_weight: Array | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
         normalizer: float | Array | None = None,
         grad_scale: float | Array | None = None,
         need_gradient: bool = True,
@@ -145,6 +149,9 @@ class Backend(Protocol):
         eps: float,
         weight_decay: float,
     ) -> None: ...
+    def pieces(
+        self, groups: Groups | None, *arrays: Array
+    ) -> Iterator[tuple[tuple[Array, ...], float, float]]: ...
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]: ...
@@ -152,7 +159,20 @@ class Backend(Protocol):
 
 
 FUNCTIONS = frozenset(
-    ("abs", "exp", "expm1", "log", "log1p", "maximum", "minimum", "sign", "sqrt", "tanh", "where")
+    (
+        "abs",
+        "erf",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "maximum",
+        "minimum",
+        "sign",
+        "sqrt",
+        "tanh",
+        "where",
+    )
 )
 """What an expression of `elementwise` may call; NaN goes through all of them."""
 
@@ -176,6 +196,41 @@ def check_operands(expression: str, out: Array, operands: dict[str, Any]) -> Non
             raise TypeError(
                 f"elementwise ({expression}): expected {name} of {out.dtype}, got {operand.dtype}"
             )
+
+
+# Coefficients of `erf` (Cody 1969, tables II and III), numerator and denominator, highest first.
+_ERF_NEAR = (
+    (
+        *(1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2),
+        *(3.77485237685302021e2, 3.20937758913846947e3),
+    ),
+    (
+        *(1.0, 2.36012909523441209e1, 2.44024637934444173e2),
+        *(1.28261652607737228e3, 2.84423683343917062e3),
+    ),
+)
+_ERF_FAR = (
+    (
+        *(2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0),
+        *(6.61191906371416295e1, 2.98635138197400131e2, 8.81952221241769090e2),
+        *(1.71204761263407058e3, 2.05107837782607147e3, 1.23033935479799725e3),
+    ),
+    (
+        *(1.0, 1.57449261107098347e1, 1.17693950891312499e2),
+        *(5.37181101862009858e2, 1.62138957456669019e3, 3.29079923573345963e3),
+        *(4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3),
+    ),
+)
+
+
+def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
+    """Horner's scheme; the first coefficient is that of the highest power."""
+    total = x * coefficients[0]
+    for c in coefficients[1:-1]:
+        total += c
+        total *= x
+    total += coefficients[-1]
+    return total
 
 
 class Groups:
@@ -273,9 +328,27 @@ class XpBackend:
             TypeError: An array's dtype isn't that of `out`.
         """
         check_operands(expression, out, operands)
-        names = {name: getattr(self, name, None) or getattr(self.xp, name) for name in FUNCTIONS}
-        out[...] = eval(_compiled(expression), {"__builtins__": {}}, names | operands)
+        out[...] = eval(_compiled(expression), self._functions, operands)
         return out
+
+    @functools.cached_property
+    def _functions(self) -> dict[str, Any]:
+        names = {name: getattr(self, name, None) or getattr(self.xp, name) for name in FUNCTIONS}
+        return {"__builtins__": {}} | names
+
+    def erf(self, x: Array) -> Array:
+        """The error function, to a few ulp: `2 / sqrt(pi)` times the integral of exp(-t^2) to x.
+
+        Cody 1969, "Rational Chebyshev approximations for the error function": x times a quotient
+        of polynomials in x^2 up to 0.46875, beyond it `1 - exp(-x^2)` times one in |x|. His third
+        range is left out: from 4 on `1 - erf(x) < 2e-8`, of which the second gives enough digits.
+        """
+        xp = self.xp
+        a = xp.minimum(xp.abs(x), 6.0)  # where erf rounds to 1
+        z = a * a
+        near = a * _polynomial(_ERF_NEAR[0], z) / _polynomial(_ERF_NEAR[1], z)
+        far = _polynomial(_ERF_FAR[0], a) / _polynomial(_ERF_FAR[1], a)
+        return xp.copysign(xp.where(a <= 0.46875, near, 1 - xp.exp(-z) * far), x)
 
     # ---- linear algebra ------------------------------------------------------------------------
 
@@ -337,9 +410,12 @@ class XpBackend:
     def softmax_nll(
         self,
         logits: Array,
-        labels: Array,
+        target: Array,
         weight: Array | None = None,
         *,
+        class_weight: Array | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
         normalizer: float | Array | None = None,
         grad_scale: float | Array | None = None,
         need_gradient: bool = True,
@@ -347,14 +423,22 @@ class XpBackend:
         """Mean negative log-likelihood of `softmax(logits)`, and its gradient, in one pass.
 
         With `s = z - max(z)`: `l = log(sum(exp(s))) - s[label]`, which keeps small losses that
-        `max + log(sum) - z[label]` rounds away, and `dl/dz = softmax(z) - onehot(label)`.
+        `max + log(sum) - z[label]` rounds away, and `dl/dz = softmax(z) - onehot(label)`. Soft
+        targets, smoothing and class weights make it a sum over classes with terms q:
+        `l = sum(q) log(sum(exp(s))) - sum(q s)` and `dl/dz = sum(q) softmax(z) - q`.
 
         Args:
             logits: `(N, C)`, or `(K, N, C)` for K models.
-            labels: int64 `(N,)` or `(K, N)`. A label outside 0..C-1 makes its loss and the
-                gradient of its row NaN.
-            weight: One weight per sample, of the shape of `labels` or `(N,)`.
-            normalizer: Replaces the denominator, the sum of the weights.
+            target: Integer labels `(N,)` or `(K, N)`; a label outside 0..C-1 makes its loss and
+                the gradient of its row NaN. Or soft targets `(N, C)` or `(K, N, C)`, of the dtype
+                of the logits.
+            weight: One weight per sample, `(N,)` or `(K, N)`.
+            class_weight: `(C,)`, of the dtype of the logits; factor of each class's term.
+            label_smoothing: Share of each target that is spread evenly over the classes.
+            ignore_index: A sample with this label counts for nothing; nor does one whose soft
+                target lies wholly on this class.
+            normalizer: Replaces the denominator, the sum over samples of weight times class weight
+                of the label; of a soft target, the mean of the class weights under it.
             grad_scale: Factor of the gradient only.
             need_gradient: Whether to compute the gradient.
 
@@ -364,56 +448,126 @@ class XpBackend:
         xp, dtype = self.xp, logits.dtype
         n_classes = logits.shape[-1]
         rows = logits.shape[:-1]
+        soft = target.dtype.kind == "f"
         shifted = self.empty(logits.shape, dtype)
         xp.subtract(logits, logits.max(axis=-1, keepdims=True), out=shifted)
-        labels = labels.astype(np.int64, copy=False)
-        valid = labels.view(np.uint64) < n_classes  # a negative label is a huge unsigned one
-        in_row = xp.where(valid, labels, 0)
-        n_logits = shifted.size
-        at_label = xp.arange(0, n_logits, n_classes).reshape(rows) + in_row  # in the flat logits
-        at_row = xp.take(shifted, at_label)
+        if soft:
+            valid, in_row = xp.ones(rows, bool), None
+        else:
+            labels = target.astype(np.int64, copy=False)
+            valid = labels.view(np.uint64) < n_classes  # a negative label is a huge unsigned one
+            in_row = xp.where(valid, labels, 0)
+            at_label = xp.arange(0, shifted.size, n_classes).reshape(rows) + in_row  # flat index
+        if weight is not None:
+            weight = weight.astype(dtype, copy=False)
+        if ignore_index is not None:
+            weight = self._not_ignored(target, weight, ignore_index, n_classes, dtype)
+        class_of_row = None
+        if class_weight is not None:
+            class_of_row = self._class_of_row(target, in_row, class_weight)
+        plain = weight is None and class_of_row is None and normalizer is None
+        factor = self._row_factors(valid, rows[-1], dtype, weight, class_of_row, normalizer)
+        terms = None
+        if soft or label_smoothing:
+            terms = self._class_terms(target, in_row, n_classes, label_smoothing, dtype)
+            if class_weight is not None:
+                xp.multiply(terms, class_weight, out=terms)
+            mass = terms.sum(axis=-1)
+            picked = (terms * xp.where(terms == 0, dtype.type(0), shifted)).sum(axis=-1)
+        else:
+            picked = xp.take(shifted, at_label)
+            if class_of_row is not None:
+                factor = factor * class_of_row
         exponential = xp.exp(shifted, out=shifted)
         total = exponential.sum(axis=-1, keepdims=True)
-        losses = xp.log(total[..., 0]) - at_row
-        factor = self._row_factors(valid, rows[-1], dtype, weight, normalizer)
-        if weight is not None:
+        log_total = xp.log(total[..., 0])
+        losses = log_total - picked if terms is None else mass * log_total - picked
+        if not plain:
             losses = xp.where(factor == 0, dtype.type(0), losses)  # 0 * inf is NaN
         loss = xp.sum(losses * factor, axis=-1, out=self.empty(rows[:-1], dtype))
         if not need_gradient:
             return loss, None
         gradient = xp.divide(exponential, total, out=exponential)
-        gradient.reshape(-1)[at_label] -= 1
+        if terms is None:
+            gradient.reshape(-1)[at_label] -= 1
+        else:
+            xp.multiply(gradient, mass[..., None], out=gradient)
+            xp.subtract(gradient, terms, out=gradient)
         if grad_scale is not None:
             factor = factor * xp.asarray(grad_scale, dtype)[..., None]
         factor = factor[..., None]
         xp.multiply(gradient, factor, out=gradient)
-        if weight is not None:
+        if not plain:
             xp.copyto(gradient, 0, where=factor == 0)
         return loss, gradient
+
+    def _not_ignored(
+        self,
+        target: Array,
+        weight: Array | None,
+        ignore_index: int,
+        n_classes: int,
+        dtype: Any,
+    ) -> Array | None:
+        """The sample weights, 0 where the target is to be ignored; None if all are 1."""
+        xp = self.xp
+        if target.dtype.kind != "f":
+            ignored = target == ignore_index
+        elif 0 <= ignore_index < n_classes:
+            ignored = (target[..., ignore_index] != 0) & ((target != 0).sum(axis=-1) == 1)
+        else:
+            return weight
+        return xp.where(ignored, dtype.type(0), dtype.type(1) if weight is None else weight)
+
+    def _class_of_row(self, target: Array, in_row: Array | None, class_weight: Array) -> Array:
+        """The class weight of each label; of a soft target the mean under it, 0 for zeros."""
+        xp = self.xp
+        if in_row is not None:
+            return xp.take(class_weight, in_row)
+        mass = target.sum(axis=-1)
+        return (target * class_weight).sum(axis=-1) / xp.where(mass == 0, 1, mass)
+
+    def _class_terms(
+        self, target: Array, in_row: Array | None, n_classes: int, smoothing: float, dtype: Any
+    ) -> Array:
+        """Smoothed targets, one row per target: `(1 - smoothing) y + smoothing / C`."""
+        xp = self.xp
+        if in_row is None:
+            terms = self.empty(target.shape, dtype)
+            xp.multiply(target, 1 - smoothing, out=terms)
+            return xp.add(terms, smoothing / n_classes, out=terms) if smoothing else terms
+        terms = self.empty((*in_row.shape, n_classes), dtype)
+        terms.fill(smoothing / n_classes)
+        starts = xp.arange(0, terms.size, n_classes).reshape(in_row.shape)
+        terms.reshape(-1)[starts + in_row] += 1 - smoothing
+        return terms
 
     def _row_factors(
         self,
         valid: Array,
         n: int,
         dtype: Any,
-        weight: Array,
+        weight: Array | None,
+        class_of_row: Array | None,
         normalizer: float | Array | None,
     ) -> Array:
-        """`w_i / sum(w)` for each row, or `w_i / normalizer`; where the denominator is 0, it is 0.
+        """`w_i / D` for each row; D is the sum of `w_i` times class weight, or the normalizer.
 
-        A row without a valid label gets NaN, unless its weight is 0.
+        Where D is 0 it is 0. A row without a valid label gets NaN, unless its weight is 0.
         """
         xp, nan = self.xp, dtype.type(np.nan)
-        if weight is None and normalizer is None:
+        if weight is None and class_of_row is None and normalizer is None:
             return xp.where(valid, dtype.type(1 / max(n, 1)), nan)
-        if normalizer is None:
-            denominator = weight.sum(axis=-1, keepdims=True, dtype=dtype)
-        else:
+        if normalizer is not None:
             denominator = xp.asarray(normalizer, dtype)[..., None]
+        else:
+            counts = [a for a in (weight, class_of_row) if a is not None]
+            product = counts[0] if len(counts) == 1 else counts[0] * counts[1]
+            denominator = product.sum(axis=-1, keepdims=True, dtype=dtype)
         zero = denominator == 0
         factor = xp.where(zero, dtype.type(0), 1 / xp.where(zero, dtype.type(1), denominator))
         if weight is not None:
-            factor = weight.astype(dtype, copy=False) * factor
+            factor = weight * factor
         return xp.where(valid | (factor == 0), factor, nan)
 
     def count_correct(self, scores: Array, labels: Array, total: Array) -> None:
@@ -531,20 +685,47 @@ class XpBackend:
     def _pieces(
         self, groups: Groups, value: Array, grad: Array, *slots: Array | None
     ) -> Iterator[tuple[Array, Array, tuple[Array | None, ...], Array, float, float]]:
-        """Views of the flat vector piece by piece, each of one group, and work space of its shape.
+        """`pieces` of `value`, `grad` and the slots that are there, and work space of their shape.
 
-        Yields `(value, grad, slots, work, lr_scale, decay_scale)`. A piece is small enough for its
-        arrays to stay in the cache from one elementwise pass to the next.
+        Yields `(value, grad, slots, work, lr_scale, decay_scale)`; frozen pieces are left out.
         """
         n_models, size = value.shape
-        width = min(size, max(self.piece // n_models, 1))
-        space = self.empty((n_models, width), value.dtype)
-        for start, stop, lr_scale, decay_scale in groups.runs:
+        space = self.empty((n_models, min(size, self._width(n_models))), value.dtype)
+        there = [slot for slot in slots if slot is not None]
+        for (w, g, *views), lr_scale, decay_scale in self.pieces(groups, value, grad, *there):
+            if lr_scale == 0:
+                continue  # frozen: 0 * NaN would change it
+            rest = iter(views)
+            aligned = tuple(None if slot is None else next(rest) for slot in slots)
+            yield w, g, aligned, space[:, : w.shape[1]], lr_scale, decay_scale
+
+    def pieces(
+        self, groups: Groups | None, *arrays: Array
+    ) -> Iterator[tuple[tuple[Array, ...], float, float]]:
+        """Views of flat arrays `(K, P)` piece by piece, each piece of one group.
+
+        What an optimizer without a kernel goes through, with `elementwise` on the views. On the
+        host a piece is small enough to stay in the cache from one pass to the next; on a device,
+        where each pass is a launch, a piece is a whole run of equal settings.
+
+        Args:
+            groups: Which elements are updated how; None for all of them alike.
+            arrays: Of one shape.
+
+        Yields:
+            `(views, lr_scale, decay_scale)`.
+        """
+        n_models, size = arrays[0].shape
+        width = self._width(n_models)
+        runs = ((0, size, 1.0, 1.0),) if groups is None else groups.runs
+        for start, stop, lr_scale, decay_scale in runs:
             for i in range(start, stop, width):
                 cut = np.s_[:, i : min(i + width, stop)]
-                views = tuple(None if slot is None else slot[cut] for slot in slots)
-                piece = value[cut]
-                yield piece, grad[cut], views, space[:, : piece.shape[1]], lr_scale, decay_scale
+                yield tuple([a[cut] for a in arrays]), lr_scale, decay_scale
+
+    def _width(self, n_models: int) -> int:
+        """Columns of a piece."""
+        return max(self.piece // n_models, 1)
 
     # ---- data ----------------------------------------------------------------------------------
 

@@ -40,7 +40,11 @@ _KERNELS = {
     "bias_backward": ("relu.cu", "=T =T? T u32? int int int"),
     "softmax_nll": (
         "softmax_nll.cu",
-        "=T =T? =T =u32 T i64 T? T? T? float float int int int int int int int",
+        "=T =T? =T =u32 T i64? T? T? T? T? T? float float float " + " ".join(["int"] * 9),
+    ),
+    "softmax_nll_weight": (
+        "softmax_nll.cu",
+        "=T =T =u32 i64? T? T? T? int int int int int int int",
     ),
     "dropout": ("dropout.cu", "=T =u8 T i64 uint uint uint uint float int"),
     "dropout_backward": ("dropout.cu", "=T T u8 float int"),
@@ -124,6 +128,8 @@ class CupyStepState(StepState):
 
 class CupyBackend(XpBackend):
     """CuPy on one CUDA device."""
+
+    piece = 2**62  # a piece is a launch: as few as there are runs of equal settings
 
     def __init__(self, device: int) -> None:
         import cupy
@@ -314,63 +320,89 @@ class CupyBackend(XpBackend):
     def softmax_nll(
         self,
         logits: Array,
-        labels: Array,
+        target: Array,
         weight: Array | None = None,
         *,
+        class_weight: Array | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
         normalizer: float | Array | None = None,
         grad_scale: float | Array | None = None,
         need_gradient: bool = True,
     ) -> tuple[Array, Array | None]:
-        """As in `XpBackend`, in one launch; with weights and no normalizer in two."""
-        dtype, n_classes, n = logits.dtype, logits.shape[-1], logits.shape[-2]
-        rows = logits.shape[:-1]
-        n_models = rows[0] if len(rows) == 2 else 1
-        loss = self.empty(rows[:-1], dtype)
+        """As in `XpBackend`, in one launch; in two where the denominator isn't known before."""
+        dtype, (n, n_classes) = logits.dtype, logits.shape[-2:]
+        models = logits.shape[:-2]
+        n_models = models[0] if models else 1
+        loss = self.empty(models, dtype)
         gradient = self.empty(logits.shape, dtype) if need_gradient else None
         if not n:
             loss.fill(0)
             return loss, gradient
-        if weight is not None:
-            weight = weight.astype(dtype, copy=False)
-        count = float(n)
-        denominator = None
-        if isinstance(normalizer, (int, float)):
-            count = float(normalizer)
-        elif normalizer is not None:
-            denominator = normalizer.astype(dtype, copy=False)
-        elif weight is not None:
-            denominator = self.empty(weight.shape[:-1], dtype)
-            self.xp.sum(weight, axis=-1, out=denominator)
-        scale = 1.0
-        factor: Array = None
-        if isinstance(grad_scale, (int, float)):
-            scale = float(grad_scale)
-        elif grad_scale is not None:
-            factor = grad_scale.astype(dtype, copy=False)
-        sizes = [0 if a is None else a.size for a in (labels, weight, denominator, factor)]
 
         def optional(a: Array | None) -> tuple[Array, int] | None:
             return None if a is None else (a, a.size)
 
+        soft = target.dtype.kind == "f"
+        if not soft:
+            target = target.astype(np.int64, copy=False)
+        if weight is not None:
+            weight = weight.astype(dtype, copy=False)
+        n_targets = target.size // n_classes if soft else target.size
+        n_weights = 0 if weight is None else weight.size
+        ignored = (0, 0) if ignore_index is None else (ignore_index, 1)
+        targets = (
+            None if soft else (target, target.size),
+            (target, target.size) if soft else None,
+            None if class_weight is None else (class_weight, n_classes),
+            optional(weight),
+        )
+        sizes = (n, n_classes, n_targets, n_weights, *ignored)
+        of_rows = self.empty((n_models * n,), dtype)
+        count, denominator = float(n), None
+        if isinstance(normalizer, (int, float)):
+            count = float(normalizer)
+        elif normalizer is not None:
+            denominator = normalizer.astype(dtype, copy=False)
+        elif any(a is not None for a in (weight, class_weight, ignore_index)):
+            shared = max(n_targets, n_weights) == n
+            denominator = self.empty((1 if shared else n_models,), dtype)
+            self._launch(
+                "softmax_nll_weight",
+                dtype,
+                denominator.size * n,
+                optional(denominator),
+                (of_rows, of_rows.size),
+                (self._ticket(), 1),
+                *targets,
+                denominator.size,
+                *sizes,
+                lanes=32,
+            )
+        scale, factor = 1.0, None
+        if isinstance(grad_scale, (int, float)):
+            scale = float(grad_scale)
+        elif grad_scale is not None:
+            factor = grad_scale.astype(dtype, copy=False)
         self._launch(
             "softmax_nll",
             dtype,
             n_models * n,
             (loss, n_models),
             optional(gradient),
-            (self.empty((n_models * n,), dtype), n_models * n),
+            (of_rows, of_rows.size),
             (self._ticket(), 1),
             (logits, n_models * n * n_classes),
-            (labels.astype(np.int64, copy=False), labels.size),
-            optional(weight),
+            *targets,
             optional(denominator),
             optional(factor),
             count,
             scale,
+            label_smoothing,
             n_models,
-            n,
-            n_classes,
             *sizes,
+            0 if denominator is None else denominator.size,
+            0 if factor is None else factor.size,
             lanes=32,
         )
         return loss, gradient

@@ -1,51 +1,129 @@
 """Neural networks with hand-written forward and backward passes, on NumPy or CuPy by one flag."""
 
-from nnx import backends, data, initializers, layers, losses, metrics, optimizers
+from nnx import backends, data, initializers, layers, losses, metrics, optimizers, schedules
 from nnx.backends import BackendUnavailable, backend_of, get_backend
+from nnx.callbacks import ReduceOnPlateau
 from nnx.check import check_gradients
 from nnx.checkpoint import load, save
 from nnx.layers import (
+    ELU,
+    GELU,
+    SELU,
+    BatchNorm,
     Dropout,
     Flatten,
+    HardSigmoid,
+    HardSwish,
+    HardTanh,
+    Identity,
     Layer,
+    LayerNorm,
+    LeakyReLU,
     Linear,
+    LogSoftmax,
+    Mish,
     ReLU,
+    RMSNorm,
     Sequential,
     Sigmoid,
+    SiLU,
     Softmax,
+    Softplus,
     Tanh,
 )
-from nnx.losses import Loss, MeanSquaredError, SoftmaxNLL
-from nnx.metrics import Accuracy, accuracy
+from nnx.losses import (
+    NLL,
+    BCEWithLogits,
+    Hinge,
+    Huber,
+    Loss,
+    MeanAbsoluteError,
+    MeanSquaredError,
+    SoftmaxMSE,
+    SoftmaxNLL,
+    SquaredHinge,
+)
+from nnx.metrics import (
+    F1,
+    MAE,
+    MSE,
+    R2,
+    Accuracy,
+    ConfusionMatrix,
+    LogLoss,
+    Metric,
+    Precision,
+    Recall,
+    TopKAccuracy,
+    accuracy,
+)
 from nnx.models import mlp
-from nnx.optimizers import SGD, Adam, Optimizer
+from nnx.optimizers import SGD, AdaGrad, Adam, AdamW, AMSGrad, Lion, Optimizer, RMSProp
 from nnx.parameter import Parameter, ParameterVector
 from nnx.trainer import Callback, History, Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELU",
+    "F1",
+    "GELU",
+    "MAE",
+    "MSE",
+    "NLL",
+    "R2",
+    "SELU",
     "SGD",
+    "AMSGrad",
     "Accuracy",
+    "AdaGrad",
     "Adam",
+    "AdamW",
+    "BCEWithLogits",
     "BackendUnavailable",
+    "BatchNorm",
     "Callback",
+    "ConfusionMatrix",
     "Dropout",
     "Flatten",
+    "HardSigmoid",
+    "HardSwish",
+    "HardTanh",
+    "Hinge",
     "History",
+    "Huber",
+    "Identity",
     "Layer",
+    "LayerNorm",
+    "LeakyReLU",
     "Linear",
+    "Lion",
+    "LogLoss",
+    "LogSoftmax",
     "Loss",
+    "MeanAbsoluteError",
     "MeanSquaredError",
+    "Metric",
+    "Mish",
     "Optimizer",
     "Parameter",
     "ParameterVector",
+    "Precision",
+    "RMSNorm",
+    "RMSProp",
     "ReLU",
+    "Recall",
+    "ReduceOnPlateau",
     "Sequential",
+    "SiLU",
     "Sigmoid",
     "Softmax",
+    "SoftmaxMSE",
     "SoftmaxNLL",
+    "Softplus",
+    "SquaredHinge",
     "Tanh",
+    "TopKAccuracy",
     "Trainer",
     "accuracy",
     "backend_of",
@@ -61,4 +139,5 @@ __all__ = [
     "mlp",
     "optimizers",
     "save",
+    "schedules",
 ]

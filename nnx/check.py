@@ -76,6 +76,7 @@ def check_gradients(
     home = here[0] if here else resolve(backend)
     x = home.asarray(x, np.float64)
     before = {name: p.value.copy() for name, p in parameters.items()}
+    buffers = [(a, a.copy()) for _, a in function.buffers()]
     step = Step(0, home.step_state(), list(function.layers()))
     _plan_one(step.state)
     worst = 0.0
@@ -106,6 +107,8 @@ def check_gradients(
     finally:
         for name, p in parameters.items():
             p.value[...] = before[name]
+        for buffer, kept in buffers:
+            buffer[...] = kept
     return worst
 
 

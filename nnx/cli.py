@@ -32,6 +32,7 @@ import numpy as np
 import nnx
 from nnx.backends import Backend, BackendUnavailable, available, get_backend, resolve
 from nnx.data import Dataset, Standardizer, check_features, encode_labels, read_data, read_features
+from nnx.models import ACTIVATIONS
 
 _BUILT_IN = ("digits", "mnist")
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -135,9 +136,7 @@ class Settings:
     hidden: tuple[int, ...] = _flag(
         "model", (256,), "widths of the hidden layers; 0 for none", int, metavar="N", many=True
     )
-    activation: str = _flag(
-        "model", "relu", "of the hidden layers", choices=("relu", "tanh", "sigmoid")
-    )
+    activation: str = _flag("model", "relu", "of the hidden layers", choices=tuple(ACTIVATIONS))
     dropout: float = _flag("model", 0.2, "share of hidden units to drop", float, metavar="P")
     optimizer: str = _flag("training", "adam", "how to descend", choices=("adam", "sgd"))
     lr: float | None = _flag(

@@ -9,13 +9,43 @@ from typing import Any
 import numpy as np
 
 from nnx.backends.philox import INITIALIZE, check_seed, generator
-from nnx.initializers import glorot_uniform, he_normal
-from nnx.layers import Dropout, Layer, Linear, ReLU, Sequential, Sigmoid, Tanh
+from nnx.initializers import glorot_uniform, he_normal, lecun_normal
+from nnx.layers import (
+    ELU,
+    GELU,
+    SELU,
+    Dropout,
+    HardSigmoid,
+    HardSwish,
+    HardTanh,
+    Identity,
+    Layer,
+    LeakyReLU,
+    Linear,
+    Mish,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+)
 
-_ACTIVATIONS: dict[str, tuple[type[Layer], Any]] = {
+ACTIVATIONS: dict[str, tuple[type[Layer], Any]] = {
+    "elu": (ELU, he_normal),
+    "gelu": (GELU, he_normal),
+    "hard_sigmoid": (HardSigmoid, glorot_uniform),
+    "hard_swish": (HardSwish, he_normal),
+    "hard_tanh": (HardTanh, glorot_uniform),
+    "identity": (Identity, glorot_uniform),
+    "leaky_relu": (LeakyReLU, he_normal),
+    "mish": (Mish, he_normal),
     "relu": (ReLU, he_normal),
-    "tanh": (Tanh, glorot_uniform),
+    "selu": (SELU, lecun_normal),
     "sigmoid": (Sigmoid, glorot_uniform),
+    "silu": (SiLU, he_normal),
+    "softplus": (Softplus, he_normal),
+    "tanh": (Tanh, glorot_uniform),
 }
 
 
@@ -32,8 +62,10 @@ def mlp(
 
     Args:
         sizes: Widths of input, hidden layers and output: `[784, 128, 10]`. The output is linear.
-        activation: `"relu"` (weights by He et al. 2015), `"tanh"` or `"sigmoid"` (by Glorot and
-            Bengio 2010).
+        activation: A layer's name: `"relu"`, `"leaky_relu"`, `"elu"`, `"gelu"`, `"silu"`,
+            `"softplus"`, `"hard_swish"` or `"mish"` (weights by He et al. 2015), `"selu"` (by LeCun
+            et al. 1998), `"tanh"`, `"sigmoid"`, `"hard_tanh"`, `"hard_sigmoid"` or `"identity"` (by
+            Glorot and Bengio 2010).
         dropout: Probability of dropping a hidden unit.
         seed: The initial weights follow from it, the same on every backend.
         dtype: float32 or float64.
@@ -43,9 +75,9 @@ def mlp(
         raise ValueError(
             f"mlp: expected the widths of input and output at least, got {list(sizes)}"
         )
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"mlp: expected activation in {sorted(_ACTIVATIONS)}, got {activation!r}")
-    function, initializer = _ACTIVATIONS[activation]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"mlp: expected activation in {sorted(ACTIVATIONS)}, got {activation!r}")
+    function, initializer = ACTIVATIONS[activation]
     rng = generator(check_seed(seed), INITIALIZE)
     layers: list[Layer] = []
     last = len(sizes) - 2

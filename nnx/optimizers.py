@@ -1,14 +1,20 @@
 """Optimizers: one operation over the flat parameter vector per step.
 
 Formulas and defaults are PyTorch's. The learning rate is a number, or a schedule: a function of
-the step number (0, 1, ...). Hyper-parameters are checked when the optimizer is made.
+the step number (0, 1, ...), such as those of `nnx.schedules`. Hyper-parameters are checked when the
+optimizer is made.
+
+A step goes: penalties of the objective (`l1`, `l2`) are added to the gradient, the gradient is
+clipped (`clip_value`, then `clip_norm`), and the optimizer's own rule follows, its `weight_decay`
+included. That is the order of PyTorch, where a penalty is part of the loss, `clip_grad_norm_` comes
+after `backward`, and the weight decay is in the optimizer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
@@ -19,24 +25,77 @@ from nnx.parameter import ParameterVector
 Schedule: TypeAlias = Callable[[int], float]
 
 
+class Options(TypedDict, total=False):
+    """What every optimizer takes; see `Optimizer`."""
+
+    weight_decay: float
+    l1: float
+    l2: float
+    clip_value: float | None
+    clip_norm: float | None
+
+
 class Optimizer:
     """Changes the parameters against their gradients.
 
+    Penalties. The objective is `loss + decay_scale * (l1 sum|w| + l2/2 sum w^2)`; both at once is
+    the elastic net (Zou and Hastie 2005, "Regularization and variable selection via the elastic
+    net", without its rescaling). So `l1 * sign(w) + l2 * w` is added to the gradient, whatever the
+    batch size, and `sign(0) = 0`. The reported loss doesn't contain it; `penalty()` computes it.
+    Everything is penalized, as in PyTorch. To leave out the biases, before the Trainer is made:
+
+        for name, p in model.parameters():
+            if name.endswith("bias"):
+                p.decay_scale = 0.0
+
+    Clipping. `clip_value` limits each element of the gradient to `[-clip_value, clip_value]`.
+    `clip_norm` multiplies the gradient by `min(1, clip_norm / (norm + 1e-6))`, with the Euclidean
+    norm over all parameters of one model (Pascanu et al. 2013, "On the difficulty of training
+    recurrent neural networks", algorithm 1, as `torch.nn.utils.clip_grad_norm_`). Nobody waits for
+    the norm; if it is NaN, so is every gradient. Frozen parameters count as having no gradient.
+    On CuPy clipping by norm costs a matrix product and a launch, by value a launch, and a penalty a
+    launch for each run of parameters of equal settings. After `step` the gradients are those that
+    were used: penalized and clipped.
+
     Args:
         lr: Learning rate, or a function from the step number to it.
-        weight_decay: `weight_decay * value` is added to the gradient (L2 penalty).
+        weight_decay: `weight_decay * decay_scale * value` is added to the gradient after clipping
+            (L2 penalty); `AdamW` and `Lion` instead shrink the parameters.
+        l1: Factor of the L1 penalty, at least 0.
+        l2: Factor of the L2 penalty, at least 0. Differs from `weight_decay` where the gradient is
+            clipped, or the weight decay decoupled.
+        clip_value: Limit of a gradient's elements, above 0.
+        clip_norm: Limit of the gradient's norm, above 0.
+
+    Raises:
+        ValueError: A hyper-parameter is out of its range.
     """
 
     PLAN = 1024
     """Steps planned at a time where nobody says how many there will be."""
 
-    def __init__(self, lr: float | Schedule, weight_decay: float = 0.0) -> None:
-        who = type(self).__name__
+    def __init__(
+        self,
+        lr: float | Schedule,
+        weight_decay: float = 0.0,
+        *,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        clip_value: float | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
         if not callable(lr):
-            check_range(who, "lr", lr, 0, math.inf, closed="[")
-        check_range(who, "weight_decay", weight_decay, 0, math.inf, closed="[")
-        self.lr = lr
+            self._check("lr", lr)
+        self._check("weight_decay", weight_decay)
+        self._check("l1", l1)
+        self._check("l2", l2)
+        for name, limit in (("clip_value", clip_value), ("clip_norm", clip_norm)):
+            if limit is not None:
+                check_range(type(self).__name__, name, limit, 0, math.inf)
+        self.lr: float | Schedule = lr
         self.weight_decay = weight_decay
+        self.l1, self.l2 = l1, l2
+        self.clip_value, self.clip_norm = clip_value, clip_norm
         self._vector: ParameterVector | None = None
         self._steps: StepState | None = None
         self._slots: dict[str, Array] = {}
@@ -105,11 +164,80 @@ class Optimizer:
         """
         steps, vector = self.begin_step(), self.vector
         vector.clear_unwritten()
+        self._add_penalty(vector, self.l1, self.l2)
+        self._clip(vector)
         self._update(vector, steps, loss)
         vector.begin_step()
 
+    def penalty(self) -> Array:
+        """`decay_scale * (l1 sum|w| + l2/2 sum w^2)`, `()` or `(K,)`, on the device."""
+        vector = self.vector
+        xp = vector.backend.xp
+        total = xp.zeros(len(vector.value), vector.value.dtype)
+        for (w,), _, scale in vector.backend.pieces(vector.groups, vector.value):
+            total += scale * self.l1 * xp.abs(w).sum(axis=-1)
+            total += scale * self.l2 / 2 * (w * w).sum(axis=-1)
+        return total[0, ...] if vector.n_models is None else total
+
     def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
+        """The optimizer's rule; ends with `steps.advance(loss)` or an operation that does."""
         raise NotImplementedError
+
+    def _add_penalty(self, vector: ParameterVector, l1: float, l2: float) -> None:
+        """`grad += decay_scale * (l1 * sign(value) + l2 * value)`; a factor 0 adds nothing."""
+        if not (l1 or l2):
+            return
+        backend = vector.backend
+        for (g, w), lr_scale, scale in backend.pieces(vector.groups, vector.grad, vector.value):
+            a, b = l1 * scale, l2 * scale
+            if lr_scale == 0 or not (a or b):
+                continue
+            if not a:  # 0 * inf must not reach the gradient
+                backend.elementwise("g + b * w", g, g=g, w=w, b=b)
+            elif not b:
+                backend.elementwise("g + a * sign(w)", g, g=g, w=w, a=a)
+            else:
+                backend.elementwise("g + (a * sign(w) + b * w)", g, g=g, w=w, a=a, b=b)
+
+    def _clip(self, vector: ParameterVector) -> None:
+        """Clip the gradient in place, by value and then by norm."""
+        backend, grad, limit = vector.backend, vector.grad, self.clip_value
+        if limit is not None:
+            for (g,), _, _ in backend.pieces(None, grad):
+                clipped = "maximum(minimum(g, high), low)"
+                backend.elementwise(clipped, g, g=g, low=-limit, high=limit)
+        if self.clip_norm is None:
+            return
+        for (g,), lr_scale, _ in backend.pieces(vector.groups, grad):
+            if lr_scale == 0:
+                g.fill(0)
+        square = backend.empty((len(grad), 1, 1), grad.dtype)
+        backend.gemm(grad[:, None, :], grad[:, :, None], square)
+        norms = backend.xp.broadcast_to(square[:, 0], grad.shape)
+        scaled = "g * minimum(limit / (sqrt(square) + 1e-6), 1)"
+        for (g, s), _, _ in backend.pieces(None, grad, norms):
+            backend.elementwise(scaled, g, g=g, square=s, limit=self.clip_norm)
+
+    def _shrink(self, vector: ParameterVector, rate: float) -> None:
+        """Decoupled weight decay: `value *= 1 - rate * weight_decay`, by group."""
+        if self.weight_decay:
+            for (w,), lr_scale, scale in vector.backend.pieces(vector.groups, vector.value):
+                factor = 1 - rate * lr_scale * self.weight_decay * scale
+                if factor != 1:
+                    vector.backend.elementwise("w * factor", w, w=w, factor=factor)
+
+    def _each(
+        self, vector: ParameterVector, *slots: str
+    ) -> Iterator[tuple[Array, Array, tuple[Array, ...], float]]:
+        """`(value, grad, slots, lr_scale)` of each piece that isn't frozen."""
+        arrays = (vector.value, vector.grad, *(self.slot(name) for name in slots))
+        for (w, g, *views), lr_scale, _ in vector.backend.pieces(vector.groups, *arrays):
+            if lr_scale != 0:
+                yield w, g, tuple(views), lr_scale
+
+    def _check(self, name: str, value: float, high: float = math.inf) -> None:
+        """Check that a hyper-parameter is in [0, high)."""
+        check_range(type(self).__name__, name, value, 0, high, closed="[")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on: `step`, and the slots by name."""
@@ -130,12 +258,20 @@ class Optimizer:
         steps.number, steps.position, steps.rates = int(state["step"]), 0, np.empty(0)
 
     def config(self) -> dict[str, Any]:
-        """Arguments that build this optimizer again."""
-        return {"lr": self.lr, "weight_decay": self.weight_decay}
+        """Arguments that build this optimizer again; options that are off are left out."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return {
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            **{name: value for name, value in options.items() if value},
+        }
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
+
+
+_OPTIONS = ("l1", "l2", "clip_value", "clip_norm")
 
 
 class SGD(Optimizer):
@@ -149,7 +285,7 @@ class SGD(Optimizer):
         lr: Learning rate or schedule.
         momentum: In [0, 1).
         nesterov: Needs momentum.
-        weight_decay: L2 penalty, at least 0.
+        options: Penalties and clipping, see `Optimizer`.
     """
 
     def __init__(
@@ -158,10 +294,10 @@ class SGD(Optimizer):
         *,
         momentum: float = 0.0,
         nesterov: bool = False,
-        weight_decay: float = 0.0,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(lr, weight_decay)
-        check_range("SGD", "momentum", momentum, 0, 1, closed="[")
+        super().__init__(lr, **options)
+        self._check("momentum", momentum, 1)
         if nesterov and not momentum:
             raise ValueError("SGD: nesterov needs momentum above 0, got momentum=0")
         self.momentum, self.nesterov = momentum, nesterov
@@ -189,15 +325,21 @@ class Adam(Optimizer):
     `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`, and in step t = 1, 2, ...
     `value -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)`, with
     `g = grad + weight_decay * value`. Kingma and Ba 2015, "Adam: a method for stochastic
-    optimization", algorithm 1.
+    optimization", algorithm 1. With `amsgrad` the largest `v` so far takes the place of `v` in the
+    last formula (Reddi et al. 2018, "On the convergence of Adam and beyond", algorithm 2; the bias
+    correction follows the maximum, as in PyTorch).
 
     Args:
         lr: Learning rate or schedule.
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
-        eps: At least 0; keeps the denominator from 0.
-        weight_decay: L2 penalty, at least 0.
+        eps: Above 0; keeps the denominator from 0.
+        amsgrad: Whether steps may only get shorter for the same m.
+        options: Weight decay, penalties and clipping, see `Optimizer`.
     """
+
+    decoupled = False
+    """Whether the weight decay shrinks the parameters instead of adding to the gradient."""
 
     def __init__(
         self,
@@ -206,18 +348,28 @@ class Adam(Optimizer):
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(lr, weight_decay)
-        check_range("Adam", "beta1", beta1, 0, 1, closed="[")
-        check_range("Adam", "beta2", beta2, 0, 1, closed="[")
-        check_range("Adam", "eps", eps, 0, math.inf, closed="[")
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        super().__init__(lr, **options)
+        self._check("beta1", beta1, 1)
+        self._check("beta2", beta2, 1)
+        check_range(type(self).__name__, "eps", eps, 0, math.inf)
+        self.beta1, self.beta2, self.eps, self.amsgrad = beta1, beta2, eps, amsgrad
 
     def config(self) -> dict[str, Any]:  # noqa: D102
-        return {**super().config(), "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
+        config = {**super().config(), "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
+        return config | ({"amsgrad": True} if self.amsgrad else {})
 
     def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
+        decay = self.weight_decay
+        if self.decoupled:
+            self._shrink(vector, steps.rate)
+            decay = 0.0
+        if self.amsgrad:
+            self._add_penalty(vector, 0, decay)
+            self._update_amsgrad(vector, steps, loss)
+            return
         vector.backend.adam(
             vector.value,
             vector.grad,
@@ -229,5 +381,222 @@ class Adam(Optimizer):
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,
-            weight_decay=self.weight_decay,
+            weight_decay=decay,
         )
+
+    def _update_amsgrad(
+        self, vector: ParameterVector, steps: StepState, loss: Array | None
+    ) -> None:
+        elementwise, t = vector.backend.elementwise, steps.number + 1
+        rate = steps.rate / (1 - self.beta1**t)
+        root = math.sqrt(1 - self.beta2**t)
+        b1, b2, eps = self.beta1, self.beta2, self.eps
+        for w, g, (m, v, v_max), lr_scale in self._each(vector, "m", "v", "v_max"):
+            elementwise("b * m + c * g", m, m=m, g=g, b=b1, c=1 - b1)
+            elementwise("b * v + c * (g * g)", v, v=v, g=g, b=b2, c=1 - b2)
+            elementwise("maximum(v_max, v)", v_max, v_max=v_max, v=v)
+            change = "w - lr * (m / (sqrt(v) / root + eps))"
+            elementwise(change, w, w=w, m=m, v=v_max, lr=rate * lr_scale, root=root, eps=eps)
+        steps.advance(loss)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: `value *= 1 - lr * weight_decay` before Adam's own step.
+
+    Parameters shrink at the same rate whatever their gradients are, where Adam divides the decay by
+    `sqrt(v)` with the rest. Loshchilov and Hutter 2019, "Decoupled weight decay regularization",
+    algorithm 2, with the learning rate in the decay as in PyTorch.
+
+    Args:
+        lr: Learning rate or schedule.
+        weight_decay: At least 0; 0.01 by default as in PyTorch.
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Above 0; keeps the denominator from 0.
+        amsgrad: As in `Adam`.
+        options: Penalties and clipping, see `Optimizer`; `l2` is not decoupled.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        lr: float | Schedule = 1e-3,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        options.setdefault("weight_decay", 0.01)
+        super().__init__(lr, beta1=beta1, beta2=beta2, eps=eps, amsgrad=amsgrad, **options)
+
+
+class AMSGrad(Adam):
+    """`Adam(amsgrad=True)` by its own name; arguments as in `Adam`."""
+
+    def __init__(
+        self,
+        lr: float | Schedule = 1e-3,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(lr, beta1=beta1, beta2=beta2, eps=eps, amsgrad=True, **options)
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        return {name: value for name, value in super().config().items() if name != "amsgrad"}
+
+
+class AdaGrad(Optimizer):
+    """AdaGrad: every parameter's rate falls with the squares of its gradients so far.
+
+    `s = s + g^2` and `value -= lr / (1 + t lr_decay) * g / (sqrt(s + initial) + eps)` in step
+    t = 0, 1, ..., with `g = grad + weight_decay * value`. Duchi et al. 2011, "Adaptive subgradient
+    methods for online learning and stochastic optimization", figure 1 with a diagonal matrix and
+    PyTorch's defaults; its `initial_accumulator_value` is `initial` here.
+
+    Args:
+        lr: Learning rate or schedule.
+        lr_decay: At least 0.
+        initial: What the sum of squares begins with, at least 0.
+        eps: Above 0; keeps the denominator from 0.
+        options: Weight decay, penalties and clipping, see `Optimizer`.
+    """
+
+    def __init__(
+        self,
+        lr: float | Schedule = 1e-2,
+        *,
+        lr_decay: float = 0.0,
+        initial: float = 0.0,
+        eps: float = 1e-10,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(lr, **options)
+        self._check("lr_decay", lr_decay)
+        self._check("initial", initial)
+        check_range(type(self).__name__, "eps", eps, 0, math.inf)
+        self.lr_decay, self.initial, self.eps = lr_decay, initial, eps
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        own = {"lr_decay": self.lr_decay, "initial": self.initial, "eps": self.eps}
+        return super().config() | own
+
+    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
+        elementwise, eps = vector.backend.elementwise, self.eps
+        rate = steps.rate / (1 + steps.number * self.lr_decay)
+        self._add_penalty(vector, 0, self.weight_decay)
+        for w, g, (s,), lr_scale in self._each(vector, "sum"):
+            elementwise("s + g * g", s, s=s, g=g)
+            change = "w - lr * (g / (sqrt(s + initial) + eps))"
+            lr = rate * lr_scale
+            elementwise(change, w, w=w, g=g, s=s, lr=lr, initial=self.initial, eps=eps)
+        steps.advance(loss)
+
+
+class RMSProp(Optimizer):
+    """RMSProp: the gradient over a running root mean square of itself.
+
+    `v = alpha v + (1 - alpha) g^2`, `d = g / (sqrt(v) + eps)` and `value -= lr * d`, with
+    `g = grad + weight_decay * value`; centered, `m = alpha m + (1 - alpha) g` and
+    `sqrt(v - m^2)` in place of `sqrt(v)` (0 where rounding makes it negative); with momentum
+    `u = momentum u + d` and `value -= lr * u`. Tieleman and Hinton 2012, "Lecture 6.5: RMSprop",
+    COURSERA: Neural networks for machine learning; centered after Graves 2013, "Generating
+    sequences with recurrent neural networks", eq. 38-41. `eps` is outside the root, as in PyTorch.
+
+    Args:
+        lr: Learning rate or schedule.
+        alpha: Decay of the mean square, in [0, 1).
+        eps: Above 0; keeps the denominator from 0.
+        momentum: In [0, 1).
+        centered: Whether to divide by the standard deviation.
+        options: Weight decay, penalties and clipping, see `Optimizer`.
+    """
+
+    def __init__(
+        self,
+        lr: float | Schedule = 1e-2,
+        *,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        momentum: float = 0.0,
+        centered: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(lr, **options)
+        self._check("alpha", alpha, 1)
+        check_range(type(self).__name__, "eps", eps, 0, math.inf)
+        self._check("momentum", momentum, 1)
+        self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        own = {"alpha": self.alpha, "eps": self.eps}
+        own |= {"momentum": self.momentum, "centered": self.centered}
+        return super().config() | own
+
+    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
+        elementwise, rate = vector.backend.elementwise, steps.rate
+        self._add_penalty(vector, 0, self.weight_decay)
+        names = ["v"] + ["m"] * self.centered + ["velocity"] * (self.momentum > 0)
+        decay = {"b": self.alpha, "c": 1 - self.alpha}
+        square = "maximum(v - m * m, 0)" if self.centered else "v"
+        step = f"g / (sqrt({square}) + eps)"
+        for w, g, views, lr_scale in self._each(vector, *names):
+            slots = dict(zip(names, views, strict=True))
+            u, read = slots.pop("velocity", None), {"g": g, "eps": self.eps}
+            elementwise("b * v + c * (g * g)", slots["v"], v=slots["v"], g=g, **decay)
+            if self.centered:
+                elementwise("b * m + c * g", slots["m"], m=slots["m"], g=g, **decay)
+            read |= slots
+            lr = rate * lr_scale
+            if u is None:
+                elementwise(f"w - lr * ({step})", w, w=w, lr=lr, **read)
+            else:
+                elementwise(f"momentum * u + {step}", u, u=u, momentum=self.momentum, **read)
+                elementwise("w - lr * u", w, w=w, u=u, lr=lr)
+        steps.advance(loss)
+
+
+class Lion(Optimizer):
+    """Lion: every parameter moves by the learning rate, up or down.
+
+    `value -= lr * (sign(beta1 m + (1 - beta1) g) + weight_decay * value)`, then
+    `m = beta2 m + (1 - beta2) g`; `sign(0) = 0`. Chen et al. 2023, "Symbolic discovery of
+    optimization algorithms", algorithm 2. Its learning rates are 3 to 10 times smaller than Adam's,
+    and its weight decay, which is decoupled, as much larger (section 5).
+
+    Args:
+        lr: Learning rate or schedule.
+        beta1: Weight of the momentum in the step, in [0, 1).
+        beta2: Decay of the momentum, in [0, 1).
+        options: Weight decay, penalties and clipping, see `Optimizer`.
+    """
+
+    def __init__(
+        self,
+        lr: float | Schedule = 1e-4,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(lr, **options)
+        self._check("beta1", beta1, 1)
+        self._check("beta2", beta2, 1)
+        self.beta1, self.beta2 = beta1, beta2
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        return super().config() | {"beta1": self.beta1, "beta2": self.beta2}
+
+    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
+        elementwise, rate, b1, b2 = vector.backend.elementwise, steps.rate, self.beta1, self.beta2
+        self._shrink(vector, rate)
+        for w, g, (m,), lr_scale in self._each(vector, "m"):
+            change = "w - lr * sign(b * m + c * g)"
+            elementwise(change, w, w=w, m=m, g=g, lr=rate * lr_scale, b=b1, c=1 - b1)
+            elementwise("b * m + c * g", m, m=m, g=g, b=b2, c=1 - b2)
+        steps.advance(loss)

@@ -13,7 +13,7 @@ import numpy as np
 from nnx.backends import Array, Backend, StepState, backend_of, resolve
 from nnx.backends.arena import Arena
 from nnx.backends.philox import SHUFFLE, check_seed, generator
-from nnx.data.arrays import check_features, check_labels
+from nnx.data.arrays import check_features
 from nnx.layers import Layer, Step
 from nnx.losses import Loss
 from nnx.metrics import Accuracy, Metric
@@ -36,12 +36,13 @@ class History(dict[str, list[Any]]):
             self.setdefault(name, [math.nan] * n).append(record.get(name, math.nan))
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one row per epoch; with K models, columns `loss[0]`, `loss[1]`, ..."""
+        """Write one row per epoch; of arrays an element each, `loss[0]` or `matrix[1,0]`."""
         columns: dict[str, list[Any]] = {}
         for name, values in self.items():
             if any(map(np.ndim, values)):
                 table = np.stack(np.broadcast_arrays(*values), axis=-1)
-                columns |= {f"{name}[{k}]": row.tolist() for k, row in enumerate(table)}
+                for k in np.ndindex(table.shape[:-1]):
+                    columns[f"{name}[{','.join(map(str, k))}]"] = table[k].tolist()
             else:
                 columns[name] = values
         with Path(path).open("w", newline="") as file:
@@ -213,8 +214,7 @@ class Trainer:
                     self.epoch += 1
                     self.history.append({"epoch": self.epoch, **record})
                     if bar is not None:
-                        shown = {k: f"{np.mean(v):.4f}" for k, v in record.items()}
-                        bar.set_postfix(shown, refresh=True)
+                        bar.set_postfix_str(_shown(record))
                     if not np.all(np.isfinite(record["loss"])):
                         raise FloatingPointError(
                             f"fit: the loss became {record['loss']} in epoch {self.epoch}; "
@@ -312,16 +312,8 @@ class Trainer:
     def _data(self, who: str, x: Any, t: Any, weight: Any = None) -> _Data:
         """Check a data set on the host, once, and put it where batches are taken from."""
         features, target, dtype = self._features(who, x), _to_host(t), self.vector.value.dtype
-        if self.loss.classifies:
-            n_classes = self.model(self.backend.asarray(features[:1])).shape[-1]
-            target = check_labels(target, n_classes, len(features))
-        else:
-            target = target.astype(dtype)
-            if len(target) != len(features) or not np.isfinite(target).all():
-                raise ValueError(
-                    f"{who}: expected {len(features)} finite targets, one per sample, "
-                    f"got shape {target.shape}"
-                )
+        n_outputs = self.model(self.backend.asarray(features[:1])).shape[-1]
+        target = self.loss.check_target(target, len(features), n_outputs, dtype, who)
         arrays = [features, target]
         if weight is not None:
             weight = _to_host(weight).astype(dtype)
@@ -332,7 +324,7 @@ class Trainer:
                     f"got shape {weight.shape}"
                 )
             arrays.append(weight)
-        return _Data(self.backend, arrays)
+        return _Data(self.backend, arrays, self.loss.target_weight(target))
 
     def _metrics(self, metrics: Sequence[Metric] | None) -> Sequence[Metric]:
         if metrics is not None:
@@ -343,8 +335,11 @@ class Trainer:
 class _Data:
     """Arrays of equally many samples, resident on the device if they fit."""
 
-    def __init__(self, backend: Backend, arrays: list[np.ndarray]) -> None:
+    def __init__(
+        self, backend: Backend, arrays: list[np.ndarray], factor: np.ndarray | None = None
+    ) -> None:
         self.backend = backend
+        self.factor = factor  # of the weights, by the loss: see `Loss.target_weight`
         self.n = len(arrays[0])
         self.shape = arrays[0].shape[1:]
         self.host = arrays
@@ -352,8 +347,9 @@ class _Data:
         self.arrays = [backend.asarray(a) for a in arrays] if self.resident else arrays
 
     def weights(self, order: np.ndarray) -> np.ndarray:
-        """The samples' weights in this order, float64; ones if there are none."""
-        return self.host[2][order].astype(np.float64) if len(self.host) == 3 else np.ones(self.n)
+        """The samples' weights in the loss in this order, float64; ones if there are none."""
+        weights = self.host[2][order].astype(np.float64) if len(self.host) == 3 else np.ones(self.n)
+        return weights if self.factor is None else weights * self.factor[order]
 
     def gather(self, steps: StepState, batch_size: int, n: int) -> list[Array]:
         """The batch of the planned step that is next."""
@@ -372,6 +368,13 @@ class _Data:
 def _to_host(a: Any) -> np.ndarray:
     """`a` as a NumPy array, wherever it is."""
     return backend_of(a).to_numpy(a) if hasattr(a, "__cuda_array_interface__") else np.asarray(a)
+
+
+def _shown(record: dict[str, Any]) -> str:
+    """What the progress bar has room for: the loss, and the last thing measured."""
+    last = list(record)[-1]
+    short = {"loss": record["loss"], last.replace("validation_", "val_"): record[last]}
+    return ", ".join(f"{name}={np.mean(value):.4f}" for name, value in short.items())
 
 
 def _progress_bar(total: int) -> Any:

@@ -201,6 +201,162 @@ def mean_squared_error(
     return math.fsum(losses), np.array(gradient, np.float64).reshape(prediction.shape)
 
 
+Slopes = tuple[float, list[float]]
+
+
+def mean_over_rows(each: Callable[[list[float], Any], Slopes]) -> Callable[..., Any]:
+    """The oracle of a loss, given the value and the slopes of one row and its target."""
+
+    def oracle(
+        prediction: Any,
+        target: Any,
+        weight: Any = None,
+        normalizer: float | None = None,
+        grad_scale: float = 1.0,
+    ) -> tuple[float, np.ndarray]:
+        prediction = np.asarray(prediction, np.float64)
+        width = prediction.shape[-1]
+        rows = prediction.reshape(-1, width).tolist()
+        soft = np.asarray(target).dtype.kind == "f"
+        targets = np.reshape(target, (-1, width) if soft else -1).tolist()
+        weights = [1.0] * len(rows) if weight is None else np.ravel(weight).astype(float).tolist()
+        denominator = math.fsum(weights) if normalizer is None else float(normalizer)
+        losses, gradient = [], []
+        for row, wanted, w in zip(rows, targets, weights, strict=True):
+            share = w / denominator if denominator else 0.0
+            value, slopes = each(row, wanted) if share else (0.0, [0.0] * width)
+            losses.append(share * value)
+            gradient.append([grad_scale * share * a for a in slopes])
+        return math.fsum(losses), np.array(gradient, np.float64).reshape(prediction.shape)
+
+    return oracle
+
+
+def mean_over_numbers(each: Callable[[float, float], tuple[float, float]]) -> Callable[..., Any]:
+    """The oracle of a loss that is a mean of a function of prediction and target."""
+
+    def of_row(row: list[float], wanted: list[float]) -> Slopes:
+        pairs = [each(p, t) for p, t in zip(row, wanted, strict=True)]
+        return math.fsum(v for v, _ in pairs) / len(row), [d / len(row) for _, d in pairs]
+
+    oracle = mean_over_rows(of_row)
+
+    def of_numbers(prediction: Any, target: Any, *arguments: Any) -> Any:
+        if np.ndim(prediction) > 1:
+            return oracle(prediction, target, *arguments)
+        loss, gradient = oracle(np.reshape(prediction, (-1, 1)), target, *arguments)
+        return loss, gradient.reshape(-1)
+
+    return of_numbers
+
+
+def _huber(p: float, t: float, delta: float = 1.0) -> tuple[float, float]:
+    gap = p - t
+    if abs(gap) <= delta:
+        return gap**2 / 2, gap
+    return delta * (abs(gap) - delta / 2), math.copysign(delta, gap)
+
+
+def _binary(x: float, t: float, pos_weight: float = 1.0) -> tuple[float, float]:
+    """Minus the logarithms of the two probabilities, each by the form that keeps its digits."""
+    yes = math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x)) - x
+    no = math.log1p(math.exp(-x)) + x if x > 0 else math.log1p(math.exp(x))
+    value = pos_weight * t * yes + (1 - t) * no
+    return value, (1 - t) * _sigmoid(x) - pos_weight * t * _sigmoid(-x)
+
+
+mean_absolute_error = mean_over_numbers(lambda p, t: (abs(p - t), float(p > t) - float(p < t)))
+huber = mean_over_numbers(_huber)
+binary_cross_entropy = mean_over_numbers(_binary)
+hinge = mean_over_numbers(lambda p, t: (1 - p * t, -t) if p * t < 1 else (0.0, 0.0))
+squared_hinge = mean_over_numbers(
+    lambda p, t: ((1 - p * t) ** 2, -2 * t * (1 - p * t)) if p * t < 1 else (0.0, 0.0)
+)
+
+
+def _one_hot(target: Any, n: int) -> list[float]:
+    if isinstance(target, list):
+        return target
+    return [float(j == target) for j in range(n)] if 0 <= target < n else [math.nan] * n
+
+
+def _nll(p: list[float], target: Any) -> Slopes:
+    y = _one_hot(target, len(p))
+    terms = [
+        0.0 if b == 0 else -b * (math.log(a) if a else -math.inf) for a, b in zip(p, y, strict=True)
+    ]
+    return math.fsum(terms), [0.0 if b == 0 else -b / a for a, b in zip(p, y, strict=True)]
+
+
+def _softmax_mse(row: list[float], target: Any) -> Slopes:
+    """The gradient by the full Jacobian of softmax, element by element."""
+    n, y, s = len(row), _one_hot(target, len(row)), _probabilities(row)
+    value = math.fsum((a - b) ** 2 for a, b in zip(s, y, strict=True)) / n
+    slopes = [
+        math.fsum(
+            2 / n * (s[i] - y[i]) * s[i] * ((1.0 if i == j else 0.0) - s[j]) for i in range(n)
+        )
+        for j in range(n)
+    ]
+    return value, slopes
+
+
+nll = mean_over_rows(_nll)
+softmax_mse = mean_over_rows(_softmax_mse)
+
+
+def cross_entropy(
+    logits: Any,
+    targets: Any,
+    weight: Any = None,
+    normalizer: float | None = None,
+    grad_scale: float = 1.0,
+    *,
+    class_weight: Any = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> tuple[float, np.ndarray]:
+    """The table in the docstring of `SoftmaxNLL`, sample by sample; logits `(N, C)`."""
+    rows = np.asarray(logits, np.float64).tolist()
+    n_classes = np.shape(logits)[1]
+    c = [1.0] * n_classes if class_weight is None else np.asarray(class_weight, float).tolist()
+    weights = [1.0] * len(rows) if weight is None else np.asarray(weight, float).tolist()
+    kept, denominator = [], 0.0
+    for wanted, v in zip(np.asarray(targets).tolist(), weights, strict=True):
+        if isinstance(wanted, list):
+            held = [j for j in range(n_classes) if wanted[j] != 0]
+            ignored = held == [ignore_index]
+            total = math.fsum(wanted)
+            d = math.fsum(a * b for a, b in zip(c, wanted, strict=True)) / total if total else 0.0
+            if class_weight is None:
+                d = 1.0
+            y = wanted
+        else:
+            ignored = wanted == ignore_index
+            d = 0.0 if ignored else c[wanted]
+            y = [float(j == wanted) for j in range(n_classes)]
+        kept.append((y, 0.0 if ignored else v))
+        denominator += 0.0 if ignored else v * d
+    if normalizer is not None:
+        denominator = normalizer
+    loss, gradient = 0.0, []
+    for row, (y, v) in zip(rows, kept, strict=True):
+        share = v / denominator if denominator else 0.0
+        q = [
+            c[j] * ((1 - label_smoothing) * y[j] + label_smoothing / n_classes)
+            for j in range(n_classes)
+        ]
+        top = max(row)
+        log_total = math.log(math.fsum(math.exp(a - top) for a in row))
+        for j in range(n_classes):
+            if q[j] and share:
+                loss += share * q[j] * (log_total - (row[j] - top))
+        p = _probabilities(row)
+        slopes = [math.fsum(q) * p[j] - q[j] for j in range(n_classes)]
+        gradient.append([grad_scale * share * a if share else 0.0 for a in slopes])
+    return loss, np.array(gradient, np.float64).reshape(np.shape(logits))
+
+
 # ---- optimizers: the value after one step for each of the gradients --------------------------
 
 

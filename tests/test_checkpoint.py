@@ -49,6 +49,12 @@ def everything(dtype: Any, models: int | None) -> Layer:
         ReLU(),
         Dropout(0.25),
         Sequential(linear(5, 4, bias=False), Tanh(), Sequential(Sigmoid())),
+        nnx.BatchNorm(4, dtype=dtype, n_models=models, eps=1e-3, momentum=0.5),
+        nnx.LayerNorm(4, dtype=dtype, n_models=models, affine=False),
+        nnx.RMSNorm(4, dtype=dtype, n_models=models),
+        *(nnx.LeakyReLU(0.5), nnx.ELU(2.0), nnx.SELU(), nnx.GELU("tanh"), nnx.SiLU(), nnx.Mish()),
+        *(nnx.Identity(), nnx.Softplus(2.0, 3.0), nnx.HardSwish(), nnx.HardTanh(-2.0, 3.0)),
+        *(nnx.LogSoftmax(), nnx.HardSigmoid()),
         linear(4, 3),
         Softmax(),
     )

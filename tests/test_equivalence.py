@@ -78,6 +78,39 @@ LAYERS: dict[str, tuple[Callable[[np.random.Generator, Any], nnx.Layer], list[tu
     "Sigmoid": (lambda rng, dtype: nnx.Sigmoid(), [(0, 3), (33,), (3, 5, 7)]),
     "Tanh": (lambda rng, dtype: nnx.Tanh(), [(0, 3), (33,), (3, 5, 7)]),
     "Softmax": (lambda rng, dtype: nnx.Softmax(), [(0, 3), (33,), (9, 1), (3, 5, 7)]),
+    "Identity": (lambda rng, dtype: nnx.Identity(), [(0, 3), (33,)]),
+    "LeakyReLU": (lambda rng, dtype: nnx.LeakyReLU(0.1), [(0, 3), (33,), (3, 5, 7)]),
+    "ELU": (lambda rng, dtype: nnx.ELU(1.5), [(0, 3), (33,), (3, 5, 7)]),
+    "SELU": (lambda rng, dtype: nnx.SELU(), [(0, 3), (33,), (3, 5, 7)]),
+    "GELU": (lambda rng, dtype: nnx.GELU(), [(0, 3), (33,), (3, 5, 257)]),
+    "GELU, tanh": (lambda rng, dtype: nnx.GELU("tanh"), [(0, 3), (33,), (3, 5, 7)]),
+    "SiLU": (lambda rng, dtype: nnx.SiLU(), [(0, 3), (33,), (3, 5, 7)]),
+    "Softplus": (lambda rng, dtype: nnx.Softplus(2, 1), [(0, 3), (33,), (3, 5, 7)]),
+    "HardSigmoid": (lambda rng, dtype: nnx.HardSigmoid(), [(0, 3), (33,), (3, 5, 7)]),
+    "HardTanh": (lambda rng, dtype: nnx.HardTanh(-2, 0.5), [(0, 3), (33,), (3, 5, 7)]),
+    "HardSwish": (lambda rng, dtype: nnx.HardSwish(), [(0, 3), (33,), (3, 5, 7)]),
+    "Mish": (lambda rng, dtype: nnx.Mish(), [(0, 3), (33,), (3, 5, 7)]),
+    "LogSoftmax": (lambda rng, dtype: nnx.LogSoftmax(), [(0, 3), (33,), (9, 1), (3, 5, 7)]),
+    "BatchNorm": (
+        lambda rng, dtype: nnx.BatchNorm(7, dtype=dtype),
+        [(33, 7), (0, 7), (65, 7), (3, 5, 7)],
+    ),
+    "BatchNorm, 3 models": (
+        lambda rng, dtype: nnx.BatchNorm(7, dtype=dtype, n_models=3),
+        [(3, 9, 7), (9, 7), (3, 0, 7)],
+    ),
+    "LayerNorm": (
+        lambda rng, dtype: nnx.LayerNorm(33, dtype=dtype),
+        [(1, 33), (0, 33), (65, 33), (3, 5, 33), (33,)],
+    ),
+    "LayerNorm, 3 models": (
+        lambda rng, dtype: nnx.LayerNorm(33, dtype=dtype, n_models=3),
+        [(3, 9, 33), (9, 33), (3, 0, 33)],
+    ),
+    "RMSNorm": (
+        lambda rng, dtype: nnx.RMSNorm(33, dtype=dtype),
+        [(1, 33), (0, 33), (65, 33), (3, 5, 33), (33,)],
+    ),
     "Dropout": (lambda rng, dtype: nnx.Dropout(0.3), [(0, 3), (1,), (33,), (5, 257)]),
     "Dropout(0)": (lambda rng, dtype: nnx.Dropout(0), [(5, 7)]),
     "Dropout(1)": (lambda rng, dtype: nnx.Dropout(1), [(5, 7)]),
@@ -136,7 +169,8 @@ def test_layers(name: str, dtype: Any) -> None:
             again = layer.backward(dy, saved, need_dx=False)  # adds to the gradients
             assert again is None
             assert (x == kept).all()
-            return [evaluated, y, dx, *(p.grad for _, p in layer.parameters())]
+            gradients = [p.grad for _, p in layer.parameters()]
+            return [evaluated, y, dx, *gradients, *(a for _, a in layer.buffers())]
 
         agree(body)
         assert not isinstance(outcome(body, "numpy"), tuple), "the case itself is wrong"
@@ -179,6 +213,38 @@ LOSSES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "SoftmaxNLL, wide": (nnx.SoftmaxNLL, (3, 1000), (3,)),
     "SoftmaxNLL, 4 models": (lambda: nnx.SoftmaxNLL(n_models=4), (4, 9, 5), (4, 9)),
     "SoftmaxNLL, 4 models, labels shared": (lambda: nnx.SoftmaxNLL(n_models=4), (4, 9, 5), (9,)),
+    "SoftmaxNLL, soft targets": (nnx.SoftmaxNLL, (9, 5), (9, 5)),
+    "SoftmaxNLL, 4 models, soft": (lambda: nnx.SoftmaxNLL(n_models=4), (4, 9, 5), (4, 9, 5)),
+    "SoftmaxNLL, 4 models, soft shared": (lambda: nnx.SoftmaxNLL(n_models=4), (4, 9, 5), (9, 5)),
+    "SoftmaxNLL, class weights": (lambda: nnx.SoftmaxNLL([1, 2, 0.5]), (9, 3), (9,)),
+    "SoftmaxNLL, ignored": (lambda: nnx.SoftmaxNLL(ignore_index=1), (9, 3), (9,)),
+    "SoftmaxNLL, all options": (lambda: nnx.SoftmaxNLL([1, 2, 0.5], 0.1, 1), (9, 3), (9,)),
+    "SoftmaxNLL, all options, soft": (
+        lambda: nnx.SoftmaxNLL([1, 2, 0.5], 0.1, 1),
+        (9, 3),
+        (9, 3),
+    ),
+    "SoftmaxNLL, all options, 4 models": (
+        lambda: nnx.SoftmaxNLL([1, 2, 0.5], 0.1, 1, n_models=4),
+        (4, 9, 3),
+        (9,),
+    ),
+    "SoftmaxMSE": (nnx.SoftmaxMSE, (9, 5), (9,)),
+    "SoftmaxMSE, soft targets": (nnx.SoftmaxMSE, (9, 5), (9, 5)),
+    "SoftmaxMSE, 4 models": (lambda: nnx.SoftmaxMSE(n_models=4), (4, 9, 5), (9,)),
+    "NLL": (nnx.NLL, (9, 5), (9,)),
+    "NLL, soft targets": (nnx.NLL, (9, 5), (9, 5)),
+    "NLL, no rows": (nnx.NLL, (0, 5), (0,)),
+    "NLL, 4 models": (lambda: nnx.NLL(n_models=4), (4, 9, 5), (4, 9)),
+    "MeanAbsoluteError": (nnx.MeanAbsoluteError, (9, 5), (9,)),
+    "Huber": (lambda: nnx.Huber(2.0), (3, 4, 5), (3, 4)),
+    "BCEWithLogits": (nnx.BCEWithLogits, (9, 5), (9,)),
+    "BCEWithLogits, weights": (lambda: nnx.BCEWithLogits([1, 2, 0.5]), (9, 3), (9,)),
+    "BCEWithLogits, 4 models": (lambda: nnx.BCEWithLogits(3, n_models=4), (4, 9, 5), (4, 9)),
+    "Hinge": (nnx.Hinge, (9, 5), (9,)),
+    "Hinge, 1-D": (nnx.Hinge, (9,), (9,)),
+    "SquaredHinge": (nnx.SquaredHinge, (9, 5), (9,)),
+    "SquaredHinge, 4 models": (lambda: nnx.SquaredHinge(n_models=4), (4, 9, 5), (4, 9)),
     "MeanSquaredError": (nnx.MeanSquaredError, (9, 5), (9,)),
     "MeanSquaredError, 1-D": (nnx.MeanSquaredError, (9,), (9,)),
     "MeanSquaredError, no rows": (nnx.MeanSquaredError, (0, 5), (0,)),
@@ -189,7 +255,8 @@ LOSSES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
 def test_no_loss_is_missing() -> None:
     members = vars(nnx.losses).values()
     kinds = {k for k in members if isinstance(k, type) and issubclass(k, nnx.Loss)}
-    assert {type(factory()) for factory, _, _ in LOSSES.values()} == kinds - {nnx.Loss}
+    public = {k for k in kinds if not k.__name__.startswith("_")}
+    assert {type(factory()) for factory, _, _ in LOSSES.values()} == public - {nnx.Loss}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -200,11 +267,16 @@ def test_losses(name: str, dtype: Any) -> None:
         rng = np.random.default_rng(2)
         loss = factory()
         prediction = backend.asarray(5 * rng.standard_normal(shape), dtype)
-        if loss.classifies:
+        if isinstance(loss, nnx.NLL):
+            prediction = backend.asarray(rng.uniform(0.1, 1, shape), dtype)
+        if loss.classifies and len(rows) > 1 and rows[-1] == shape[-1]:
+            target = backend.asarray(rng.uniform(0, 1, rows), dtype)
+        elif loss.classifies:
             target = backend.asarray(rng.integers(0, shape[-1], rows))
         else:
             target = backend.asarray(rng.standard_normal(shape), dtype)
-        weight = backend.asarray(rng.uniform(0, 1, rows) * (rng.random(rows) < 0.7), dtype)
+        samples = shape[:-1] if loss.classifies else rows
+        weight = backend.asarray(rng.uniform(0, 1, samples) * (rng.random(samples) < 0.7), dtype)
         array = backend.asarray(3.5, dtype)
         options: dict[str, dict[str, Any]] = {
             "": {},
@@ -245,6 +317,14 @@ OPTIMIZERS: dict[str, Callable[[], nnx.Optimizer]] = {
     "Nesterov": lambda: nnx.SGD(0.1, momentum=0.9, nesterov=True),
     "Adam": lambda: nnx.Adam(0.01),
     "Adam, weight decay": lambda: nnx.Adam(0.01, weight_decay=0.1, beta1=0.5, eps=1e-3),
+    "AdamW": lambda: nnx.AdamW(0.01, weight_decay=0.1),
+    "AMSGrad": lambda: nnx.AMSGrad(0.01, beta2=0.5, weight_decay=0.1),
+    "AdaGrad": lambda: nnx.AdaGrad(0.1, lr_decay=0.1, initial=0.1, weight_decay=0.1),
+    "RMSProp": lambda: nnx.RMSProp(0.01, weight_decay=0.1, eps=1e-3),
+    "RMSProp, centered": lambda: nnx.RMSProp(0.01, centered=True, momentum=0.5, eps=1e-3),
+    "Lion": lambda: nnx.Lion(0.01, weight_decay=0.1),
+    "penalties": lambda: nnx.SGD(0.1, l1=0.01, l2=0.1),
+    "clipping": lambda: nnx.SGD(0.1, clip_value=0.05, clip_norm=0.1, momentum=0.9),
     "a schedule": lambda: nnx.SGD(lambda step: 0.1 / (1 + step)),
 }
 
@@ -268,7 +348,9 @@ def test_optimizers(name: str, n_models: int | None, dtype: Any) -> None:
         parameters[0].lr_scale = 0.5
         parameters[1].decay_scale = 0.0
         parameters[3].lr_scale = 0.0  # frozen
-        trainer = nnx.Trainer(model, nnx.SoftmaxNLL(n_models), OPTIMIZERS[name](), backend=backend)
+        trainer = nnx.Trainer(
+            model, nnx.SoftmaxNLL(n_models=n_models), OPTIMIZERS[name](), backend=backend
+        )
         x = backend.asarray(rng.standard_normal((9, 5)), dtype)
         t = backend.asarray(rng.integers(0, 3, 9))
         losses = [trainer.train_step(x, t) for _ in range(3)]

@@ -195,6 +195,72 @@ def test_softmax_nll(shape: tuple[int, int], dtype: Any, rng: np.random.Generato
 
 
 @gpu
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (4, 32), (9, 33), (300, 10), (2, 1000)])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("models", [None, 3])
+def test_softmax_nll_with_options(
+    shape: tuple[int, int], soft: bool, models: int | None, dtype: Any, rng: np.random.Generator
+) -> None:
+    cuda, wide = get_backend("cupy"), np.float64
+    n, c = shape
+    ignored = c // 2
+    logits = (30 * rng.standard_normal(shape if models is None else (models, *shape))).astype(dtype)
+    target = rng.integers(0, c, logits.shape[:-1])
+    if soft:
+        target = rng.uniform(0, 1, logits.shape).astype(dtype)
+        target[..., ::3, :] = np.eye(c)[ignored]
+    classes, weight = rng.uniform(0, 2, c).astype(dtype), rng.uniform(0, 2, n).astype(dtype)
+    options: list[dict[str, Any]] = [
+        {},
+        {"class_weight": classes},
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 1.0},
+        {"ignore_index": ignored},
+        {"ignore_index": -100},
+        {"weight": weight, "class_weight": classes, "ignore_index": ignored},
+        {"class_weight": classes, "label_smoothing": 0.3, "ignore_index": 0, "normalizer": 2.5},
+        {
+            "weight": weight,
+            "class_weight": classes,
+            "label_smoothing": 0.3,
+            "ignore_index": ignored,
+            "grad_scale": 7.0,
+        },
+    ]
+    for shared in (False, True) if models else (False,):
+        t = target[0] if shared else target
+        for option in options:
+            exact: dict[str, Any] = {
+                k: v.astype(wide) if isinstance(v, np.ndarray) else v for k, v in option.items()
+            }
+            expected, gradient = REFERENCE.softmax_nll(
+                logits.astype(wide), t.astype(wide) if soft else t, **exact
+            )
+            there = {
+                k: cuda.asarray(v) if isinstance(v, np.ndarray) else v for k, v in option.items()
+            }
+            loss, actual = cuda.softmax_nll(cuda.asarray(logits), cuda.asarray(t), **there)
+            close(loss, expected, dtype)
+            close(actual, gradient, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("soft", [False, True])
+def test_softmax_nll_with_options_repeats_bit_for_bit(soft: bool, rng: np.random.Generator) -> None:
+    cuda = get_backend("cupy")
+    logits = cuda.asarray(rng.standard_normal((513, 7)), np.float32)
+    target = rng.uniform(0, 1, (513, 7)).astype(np.float32) if soft else rng.integers(0, 7, 513)
+    target = cuda.asarray(target)
+    options = {
+        "weight": cuda.asarray(rng.uniform(0, 1, 513), np.float32),
+        "class_weight": cuda.asarray(rng.uniform(0, 1, 7), np.float32),
+    }
+    runs = [cuda.softmax_nll(logits, target, label_smoothing=0.1, **options) for _ in range(3)]
+    assert len({float(loss) for loss, _ in runs}) == 1
+    assert len({cuda.to_numpy(gradient).tobytes() for _, gradient in runs}) == 1
+
+
+@gpu
 def test_softmax_nll_extremes(dtype: Any) -> None:
     cuda = get_backend("cupy")
     logits = np.array(
@@ -410,6 +476,11 @@ def test_the_whole_step_is_free_of_data_races(rng: np.random.Generator) -> None:
         y, mask = cuda.bias_relu(z, layer.bias.value)
         cuda.bias_relu_backward(y, mask, layer.bias.grad)
         loss, _ = cuda.softmax_nll(logits, labels)
+        soft = cuda.asarray(rng.uniform(0, 1, logits.shape), np.float32)
+        for target in (labels, soft):
+            cuda.softmax_nll(
+                logits, target, class_weight=soft[0], label_smoothing=0.1, ignore_index=1
+            )
         cuda.dropout(y, 0.5, seed=0, stream=0, use=0, state=state)
         cuda.gather_rows([logits, labels], state, 3, 3)
         cuda.count_correct(logits, labels, total)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import layer_oracles
 import numpy as np
 import oracles
 import pytest
@@ -64,6 +65,34 @@ def linear_oracle(
     return y, dx, {"weight": dweight} | ({"bias": dbias} if "bias" in p else {})
 
 
+def normalization_oracle(eps: float, over_samples: bool = False, centered: bool = True) -> Any:
+    """In evaluation a new BatchNorm has the statistics 0 and 1."""
+
+    def oracle(p: dict[str, np.ndarray], x: np.ndarray, dy: np.ndarray, training: bool) -> Result:
+        fixed = (np.zeros(x.shape[-1]), np.ones(x.shape[-1]))
+        y, dx, dweight, dbias = layer_oracles.normalization(
+            x,
+            dy,
+            p.get("weight"),
+            p.get("bias"),
+            eps,
+            over_samples=over_samples,
+            centered=centered,
+            statistics=fixed if over_samples and not training else None,
+        )
+        found = {"weight": dweight, "bias": dbias}
+        return y, dx, {name: found[name] for name in p}
+
+    return oracle
+
+
+def rms_oracle(p: dict[str, np.ndarray], x: np.ndarray, dy: np.ndarray, training: bool) -> Result:
+    """Without an eps it is the machine epsilon of the dtype."""
+    eps = float(np.finfo(x.dtype).eps)
+    result: Result = normalization_oracle(eps, centered=False)(p, x, dy, training)
+    return result
+
+
 def dropout_oracle(share: float, stream: int = 0) -> Any:
     def oracle(p: Any, x: np.ndarray, dy: np.ndarray, training: bool) -> Result:
         if not training:
@@ -113,6 +142,10 @@ def zeros_out(parameters: dict[str, np.ndarray], link: Any, x: np.ndarray) -> np
     return np.zeros((*x.shape[:-1], width))
 
 
+def always(layer: Layer) -> Callable[[Any], Layer]:
+    return lambda dtype: layer
+
+
 def draw() -> np.random.Generator:
     return np.random.default_rng(5)
 
@@ -136,6 +169,73 @@ CASES = [
     Case("Softmax", lambda d: Softmax(), (5, 4), plain(oracles.softmax)),
     Case("Softmax 3-D", lambda d: Softmax(), (3, 2, 33), plain(oracles.softmax)),
     Case("Softmax of one", lambda d: Softmax(), (5, 1), plain(oracles.softmax)),
+    *(
+        Case(repr(layer), always(layer), (5, 4), plain(layer_oracles.activation(f)))
+        for layer, f in [
+            (nnx.Identity(), layer_oracles.identity()),
+            (nnx.LeakyReLU(), layer_oracles.leaky_relu()),
+            (nnx.LeakyReLU(0.3), layer_oracles.leaky_relu(0.3)),
+            (nnx.ELU(), layer_oracles.elu()),
+            (nnx.ELU(1.7), layer_oracles.elu(1.7)),
+            (nnx.SELU(), layer_oracles.selu()),
+            (nnx.GELU(), layer_oracles.gelu()),
+            (nnx.GELU("tanh"), layer_oracles.gelu_tanh()),
+            (nnx.SiLU(), layer_oracles.silu()),
+            (nnx.Softplus(), layer_oracles.softplus()),
+            (nnx.Softplus(2.0, 0.5), layer_oracles.softplus(2.0, 0.5)),
+            (nnx.HardSigmoid(), layer_oracles.hard_sigmoid()),
+            (nnx.HardTanh(), layer_oracles.hard_tanh()),
+            (nnx.HardTanh(-0.25, 2.0), layer_oracles.hard_tanh(-0.25, 2.0)),
+            (nnx.HardSwish(), layer_oracles.hard_swish()),
+            (nnx.Mish(), layer_oracles.mish()),
+        ]
+    ),
+    Case(
+        "GELU 3-D",
+        lambda d: nnx.GELU(),
+        (3, 2, 33),
+        plain(layer_oracles.activation(layer_oracles.gelu())),
+    ),
+    Case("LogSoftmax", lambda d: nnx.LogSoftmax(), (5, 4), plain(layer_oracles.log_softmax)),
+    Case(
+        "LogSoftmax 3-D", lambda d: nnx.LogSoftmax(), (3, 2, 33), plain(layer_oracles.log_softmax)
+    ),
+    Case("LogSoftmax of one", lambda d: nnx.LogSoftmax(), (5, 1), plain(layer_oracles.log_softmax)),
+    # two samples in each row of the batch, so that training has two of them for any first axis
+    Case(
+        "BatchNorm",
+        lambda d: nnx.BatchNorm(3, dtype=d),
+        (5, 2, 3),
+        normalization_oracle(1e-5, over_samples=True),
+    ),
+    Case(
+        "BatchNorm without weights",
+        lambda d: nnx.BatchNorm(3, affine=False, eps=0.1, dtype=d),
+        (5, 2, 3),
+        normalization_oracle(0.1, over_samples=True),
+    ),
+    Case("LayerNorm", lambda d: nnx.LayerNorm(4, dtype=d), (5, 4), normalization_oracle(1e-5)),
+    Case(
+        "LayerNorm 3-D",
+        lambda d: nnx.LayerNorm(33, dtype=d),
+        (3, 2, 33),
+        normalization_oracle(1e-5),
+    ),
+    Case("LayerNorm 1-D", lambda d: nnx.LayerNorm(4, dtype=d), (4,), normalization_oracle(1e-5)),
+    Case(
+        "LayerNorm without weights",
+        lambda d: nnx.LayerNorm(4, affine=False, eps=0.1, dtype=d),
+        (5, 4),
+        normalization_oracle(0.1),
+    ),
+    Case("RMSNorm", lambda d: nnx.RMSNorm(4, dtype=d), (5, 4), rms_oracle),
+    Case("RMSNorm 3-D", lambda d: nnx.RMSNorm(33, dtype=d), (3, 2, 33), rms_oracle),
+    Case(
+        "RMSNorm without weights",
+        lambda d: nnx.RMSNorm(4, affine=False, eps=0.1, dtype=d),
+        (5, 4),
+        normalization_oracle(0.1, centered=False),
+    ),
     Case("Dropout", lambda d: Dropout(0.3), (7, 9), dropout_oracle(0.3)),
     Case("Dropout p=0", lambda d: Dropout(0), (7, 9), dropout_oracle(0)),
     Case("Dropout p=1", lambda d: Dropout(1), (7, 9), dropout_oracle(1)),
@@ -660,7 +760,7 @@ def test_sequential_refuses_what_it_cannot_run() -> None:
     ("arguments", "message"),
     [
         ({"sizes": [3]}, r"\[3\]"),
-        ({"sizes": [3, 2], "activation": "gelu"}, "gelu"),
+        ({"sizes": [3, 2], "activation": "gelo"}, "gelo"),
         ({"sizes": [3, 4, 2], "dropout": 1.5}, "1.5"),
         ({"sizes": [3, 0]}, "3 and 0"),
         ({"sizes": [3, 2], "seed": -1}, "-1"),

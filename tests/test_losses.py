@@ -1,5 +1,6 @@
 """Losses: values at the extremes, and a gradient that is the derivative of the returned value."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,28 +10,75 @@ import oracles
 import pytest
 from oracles import assert_close, assert_same_bits
 
-from nnx import Loss, MeanSquaredError, SoftmaxNLL, check_gradients
+from nnx import (
+    NLL,
+    SGD,
+    BCEWithLogits,
+    Hinge,
+    Huber,
+    Linear,
+    Loss,
+    MeanAbsoluteError,
+    MeanSquaredError,
+    Sequential,
+    Softmax,
+    SoftmaxMSE,
+    SoftmaxNLL,
+    SquaredHinge,
+    Trainer,
+    check_gradients,
+    mlp,
+)
 from nnx.backends import Backend, backend_of
 
 Arguments = dict[str, Any]
 
 
+# Of each kind: how the loss is built, its oracle, and what its targets are.
+KINDS: dict[str, tuple[Callable[..., Loss], Any, str]] = {
+    "nll": (SoftmaxNLL, oracles.softmax_nll, "labels"),
+    "soft nll": (SoftmaxNLL, oracles.cross_entropy, "soft"),
+    "probabilities": (NLL, oracles.nll, "labels"),
+    "soft probabilities": (NLL, oracles.nll, "soft"),
+    "mses": (SoftmaxMSE, oracles.softmax_mse, "labels"),
+    "soft mses": (SoftmaxMSE, oracles.softmax_mse, "soft"),
+    "mse": (MeanSquaredError, oracles.mean_squared_error, "numbers"),
+    "mae": (MeanAbsoluteError, oracles.mean_absolute_error, "numbers"),
+    "huber": (Huber, oracles.huber, "numbers"),
+    "bce": (BCEWithLogits, oracles.binary_cross_entropy, "chances"),
+    "hinge": (Hinge, oracles.hinge, "signs"),
+    "squared hinge": (SquaredHinge, oracles.squared_hinge, "signs"),
+}
+OF_CLASSES = ("labels", "soft")
+
+
+def random_target(kind: str, rng: np.random.Generator, dtype: Any, shape: Any) -> np.ndarray:
+    target: np.ndarray
+    if kind == "labels":
+        target = rng.integers(0, shape[-1], shape[:-1])
+    elif kind == "numbers":
+        target = rng.standard_normal(shape).astype(dtype)
+    elif kind == "signs":
+        target = rng.choice([-1.0, 1.0], shape).astype(dtype)
+    else:
+        target = rng.uniform(0, 1, shape).astype(dtype)
+        target[target < 0.2] = 0
+    return target
+
+
 class Problem:
-    """A loss with random predictions and targets, of either kind."""
+    """A loss with random predictions and targets."""
 
     def __init__(
         self, kind: str, rng: np.random.Generator, dtype: Any, shape: tuple[int, ...] = (7, 4)
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.prediction = (3 * rng.standard_normal(shape)).astype(dtype)
-        self.loss: Loss
-        self.oracle: Any
-        if kind == "nll":
-            self.loss, self.oracle = SoftmaxNLL(), oracles.softmax_nll
-            self.target = rng.integers(0, shape[-1], shape[:-1])
-        else:
-            self.loss, self.oracle = MeanSquaredError(), oracles.mean_squared_error
-            self.target = rng.standard_normal(shape).astype(dtype)
+        if "probabilities" in kind:
+            self.prediction = rng.uniform(0.2, 1, shape).astype(dtype)
+        factory, self.oracle, self.target_kind = KINDS[kind]
+        self.loss = factory()
+        self.target = random_target(self.target_kind, rng, self.dtype, shape)
         self.weight = rng.uniform(0.2, 2, math.prod(shape[:-1])).astype(dtype)
 
     def __call__(self, backend: Backend, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -55,13 +103,14 @@ def call(
     return backend.to_numpy(value), backend.to_numpy(gradient)
 
 
+every = pytest.mark.parametrize("kind", KINDS)
 both = pytest.mark.parametrize("kind", ["nll", "mse"])
 
 
-# ---- values and gradients of both ------------------------------------------------------------
+# ---- values and gradients of all ------------------------------------------------------------
 
 
-@both
+@every
 @pytest.mark.parametrize(
     "shape",
     [(1, 1), (1, 5), (7, 4), (33, 31), (257, 3), (2, 257), (0, 3), (2, 3, 4), (2, 0, 4), (5,)],
@@ -76,16 +125,19 @@ def test_loss_agrees_with_the_loops(
     weighted: bool,
 ) -> None:
     problem = Problem(kind, rng, dtype, shape)
-    if len(shape) == 1 and kind == "mse":
+    if len(shape) == 1 and problem.target_kind not in OF_CLASSES:
         problem.weight = rng.uniform(0.2, 2, shape).astype(dtype)  # here an axis of samples
     weight = problem.weight if weighted else None
     value, gradient = problem(backend, weight=weight)
-    expected = problem.oracle(problem.prediction, problem.target, weight)
+    flat = [problem.prediction, problem.target]
+    if kind == "soft nll":
+        flat = [a.reshape(-1, shape[-1]) for a in flat]
+    expected = problem.oracle(*flat, weight)
     assert_close(value, expected[0], depth=math.prod(shape), dtype=dtype)
-    assert_close(gradient, expected[1], dtype=dtype)
+    assert_close(gradient, expected[1].reshape(shape), dtype=dtype)
 
 
-@both
+@every
 def test_gradient_is_the_derivative_of_the_value(
     kind: str, backend: Backend, rng: np.random.Generator
 ) -> None:
@@ -106,7 +158,7 @@ def test_gradient_is_the_derivative_of_the_value(
         check_gradients(problem.loss, problem.prediction, problem.target, weight, backend=backend)
 
 
-@both
+@every
 def test_value_alone_is_the_same_value(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
 ) -> None:
@@ -119,7 +171,7 @@ def test_value_alone_is_the_same_value(
     assert_same_bits(backend.to_numpy(alone), backend.to_numpy(both_of_them))
 
 
-@both
+@every
 @pytest.mark.parametrize("as_array", [False, True])
 def test_normalizer_and_grad_scale(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator, as_array: bool
@@ -137,7 +189,7 @@ def test_normalizer_and_grad_scale(
         assert_close(gradient / dtype.type(1024), expected[1] / 1024, dtype=dtype)
 
 
-@both
+@every
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_of_parts_add_up_to_that_of_the_batch(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator, weighted: bool
@@ -161,7 +213,7 @@ def test_losses_of_parts_add_up_to_that_of_the_batch(
     assert_close(np.concatenate([p[1] for p in parts]), whole[1], depth=10)
 
 
-@both
+@every
 def test_weight_two_is_a_sample_given_twice(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
 ) -> None:
@@ -175,7 +227,7 @@ def test_weight_two_is_a_sample_given_twice(
     np.testing.assert_array_equal(gradient[3], 0)
 
 
-@both
+@every
 def test_no_weight_at_all_is_a_loss_of_0_and_a_gradient_of_0(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
 ) -> None:
@@ -190,7 +242,7 @@ def test_no_weight_at_all_is_a_loss_of_0_and_a_gradient_of_0(
         np.testing.assert_array_equal(gradient, np.zeros((5, 4)))
 
 
-@both
+@every
 def test_a_sample_without_weight_counts_for_nothing_whatever_it_holds(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
 ) -> None:
@@ -199,14 +251,14 @@ def test_a_sample_without_weight_counts_for_nothing_whatever_it_holds(
     expected = problem(backend, weight=weight)
     problem.prediction[1] = np.nan
     problem.prediction[3] = 1e30
-    if kind == "nll":
+    if problem.target_kind == "labels":
         problem.target[3] = 99
     value, gradient = problem(backend, weight=weight)
     assert_same_bits(value, expected[0])
     np.testing.assert_array_equal(gradient, expected[1])
 
 
-@both
+@every
 def test_empty_batch_is_0(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
 ) -> None:
@@ -215,12 +267,12 @@ def test_empty_batch_is_0(
     assert gradient.shape == (0, 4)
 
 
-@both
+@every
 def test_leading_axes_are_samples(
     kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
 ) -> None:
     problem = Problem(kind, rng, dtype, (2, 3, 4))
-    flat = [problem.prediction.reshape(6, 4), problem.target.reshape(6, *problem.target.shape[2:])]
+    flat = [a.reshape(6, *a.shape[2:]) for a in (problem.prediction, problem.target)]
     for weight in (None, problem.weight):
         value, gradient = problem(backend, weight=weight)
         expected = call(problem.loss, backend, flat[0], flat[1], weight=weight)
@@ -230,7 +282,7 @@ def test_leading_axes_are_samples(
     assert_same_bits(square[1], gradient)
 
 
-@both
+@every
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("weights", [None, "shared", "own"])
 def test_k_models_have_the_losses_of_k_batches(
@@ -265,7 +317,7 @@ def test_k_models_have_the_losses_of_k_batches(
         np.full(3, 5.0) if weight is None else np.broadcast_to(weight, (3, 5)).sum(1, np.float64)
     )
     assert_close(scaled, value.astype(np.float64) * totals / [1, 2, 4], depth=5, dtype=dtype)
-    target = target if kind == "nll" else target.astype(np.float64)
+    target = target if problem.target_kind == "labels" else target.astype(np.float64)
     check_gradients(loss, problem.prediction, target, weight, backend=backend)
 
 
@@ -383,6 +435,545 @@ def test_labels_that_are_no_integers_are_an_error(kind: str) -> None:
         SoftmaxNLL()(np.zeros((3, 2)), np.zeros(3, kind))
 
 
+# ---- class weights, smoothing, ignored labels, soft targets: all together ----------------------
+
+
+CLASS_WEIGHT = [0.5, 1.0, 2.0, 3.0]
+COMBINATIONS = [
+    pytest.param(
+        {
+            "class_weight": CLASS_WEIGHT if weights else None,
+            "label_smoothing": 0.1 if smoothing else 0.0,
+            "ignore_index": (1 if soft else -100) if ignore else None,
+        },
+        soft,
+        weighted,
+        id="-".join(
+            name
+            for name, on in zip(
+                ("class weights", "smoothing", "ignore", "soft", "sample weights"),
+                (weights, smoothing, ignore, soft, weighted),
+                strict=True,
+            )
+            if on
+        )
+        or "plain",
+    )
+    for weights, smoothing, ignore, soft, weighted in itertools.product((False, True), repeat=5)
+]
+
+
+class Combination:
+    """Logits, targets and weights for a combination of options; some samples are ignored."""
+
+    def __init__(
+        self, options: Arguments, soft: bool, weighted: bool, rng: np.random.Generator, dtype: Any
+    ) -> None:
+        self.loss, self.options = SoftmaxNLL(**options), options
+        self.logits = (3 * rng.standard_normal((9, 4))).astype(dtype)
+        ignore = options["ignore_index"]
+        self.target = random_target("soft" if soft else "labels", rng, np.dtype(dtype), (9, 4))
+        if soft:
+            self.target[2] = self.target[5] = [0, 0.75, 0, 0]  # wholly on class 1
+            self.target[6] = 0
+            self.target[7] = [0.25, 0, 0, 0.75]
+        elif ignore is not None:
+            self.target[[2, 5]] = ignore
+        self.weight = None
+        if weighted:
+            self.weight = rng.uniform(0.2, 2, 9).astype(dtype)
+            self.weight[3] = 0
+
+    def oracle(self, k: Any = slice(None), *scales: Any) -> tuple[float, np.ndarray]:
+        weight = None if self.weight is None else self.weight[k]
+        return oracles.cross_entropy(
+            self.logits[k], self.target[k], weight, *scales, **self.options
+        )
+
+
+@pytest.mark.parametrize(("options", "soft", "weighted"), COMBINATIONS)
+def test_every_combination_agrees_with_the_loops(
+    backend: Backend,
+    dtype: Any,
+    rng: np.random.Generator,
+    options: Arguments,
+    soft: bool,
+    weighted: bool,
+) -> None:
+    problem = Combination(options, soft, weighted, rng, dtype)
+    arguments = (backend, problem.logits, problem.target)
+    value, gradient = call(problem.loss, *arguments, weight=problem.weight)
+    expected = problem.oracle()
+    assert_close(value, expected[0], dtype=dtype)
+    assert_close(gradient, expected[1], dtype=dtype)
+    value, gradient = call(
+        problem.loss, *arguments, weight=problem.weight, normalizer=3.5, grad_scale=4.0
+    )
+    expected = problem.oracle(slice(None), 3.5, 4.0)
+    assert_close(value, expected[0], dtype=dtype)
+    assert_close(gradient, expected[1], dtype=dtype)
+
+
+@pytest.mark.parametrize(("options", "soft", "weighted"), COMBINATIONS)
+def test_every_combination_for_k_models(
+    backend: Backend,
+    rng: np.random.Generator,
+    options: Arguments,
+    soft: bool,
+    weighted: bool,
+) -> None:
+    problems = [Combination(options, soft, weighted, rng, np.float64) for _ in range(3)]
+    logits = np.stack([p.logits for p in problems])
+    loss = SoftmaxNLL(**options, n_models=3)
+    for own in (True, False):  # targets and weights of each model, or of the first for all
+        target = np.stack([p.target for p in problems]) if own else problems[0].target
+        weight = problems[0].weight
+        if weighted and own:
+            weight = np.stack([np.asarray(p.weight) for p in problems])
+        value, gradient = call(loss, backend, logits, target, weight=weight)
+        for k, problem in enumerate(problems):
+            if not own:
+                problem.target, problem.weight = problems[0].target, problems[0].weight
+            expected = problem.oracle()
+            assert_close(value[k], expected[0])
+            assert_close(gradient[k], expected[1])
+
+
+@pytest.mark.parametrize(("options", "soft", "weighted"), COMBINATIONS)
+def test_every_combination_is_differentiated(
+    backend: Backend, rng: np.random.Generator, options: Arguments, soft: bool, weighted: bool
+) -> None:
+    problem = Combination(options, soft, weighted, rng, np.float64)
+    check_gradients(problem.loss, problem.logits, problem.target, problem.weight, backend=backend)
+
+
+@pytest.mark.parametrize("options", [pytest.param(p.values[0], id=p.id) for p in COMBINATIONS[::4]])
+def test_a_one_hot_row_means_what_its_label_means(
+    backend: Backend, rng: np.random.Generator, options: Arguments
+) -> None:
+    if options["ignore_index"] is not None:
+        options = options | {"ignore_index": 2}
+    logits, labels = rng.standard_normal((8, 4)), np.array([0, 1, 2, 3, 2, 1, 0, 3])
+    for weight in (None, rng.uniform(0, 1, 8)):
+        as_labels = call(SoftmaxNLL(**options), backend, logits, labels, weight=weight)
+        as_rows = call(SoftmaxNLL(**options), backend, logits, np.eye(4)[labels], weight=weight)
+        assert_close(as_rows[0], as_labels[0])
+        assert_close(as_rows[1], as_labels[1])
+
+
+@pytest.mark.parametrize(("options", "soft", "weighted"), COMBINATIONS)
+def test_parts_add_up_in_every_combination(
+    backend: Backend, rng: np.random.Generator, options: Arguments, soft: bool, weighted: bool
+) -> None:
+    problem = Combination(options, soft, weighted, rng, np.float64)
+    whole = call(problem.loss, backend, problem.logits, problem.target, weight=problem.weight)
+    factor = problem.loss.target_weight(problem.target)
+    weights = np.ones(9) if problem.weight is None else problem.weight
+    total = float((weights if factor is None else weights * factor).sum())
+    parts = []
+    for cut in (slice(0, 3), slice(3, 9)):
+        weight = None if problem.weight is None else problem.weight[cut]
+        arrays = (problem.logits[cut], problem.target[cut])
+        parts.append(call(problem.loss, backend, *arrays, weight=weight, normalizer=total))
+    assert_close(np.array(parts[0][0] + parts[1][0]), whole[0])
+    assert_close(np.concatenate([p[1] for p in parts]), whole[1])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.0]])
+def test_a_batch_of_ignored_samples_is_0(
+    backend: Backend, dtype: Any, soft: bool, smoothing: float, weights: Any
+) -> None:
+    logits = np.array([[1e4, 0, -1e4], [np.nan, 1, 2]], dtype)
+    target = np.array([[0, 1, 0], [0, 0.5, 0]], dtype) if soft else np.array([1, 1])
+    loss = SoftmaxNLL(weights, smoothing, ignore_index=1)
+    for weight in (None, np.array([1, 2], dtype)):
+        value, gradient = call(loss, backend, logits, target, weight=weight)
+        assert_same_bits(value, np.zeros((), dtype))
+        assert_same_bits(gradient, np.zeros((2, 3), dtype))
+
+
+def test_an_ignored_label_may_be_any_integer(backend: Backend, dtype: Any) -> None:
+    logits = np.array([[1, 2, 3], [3, 1, 0], [5, 5, 6]], dtype)
+    expected = call(SoftmaxNLL(), backend, logits[:2], np.array([0, 2]))
+    for ignored in (-100, -1, 3, 2**40):
+        loss = SoftmaxNLL(ignore_index=ignored)
+        value, gradient = call(loss, backend, logits, np.array([0, 2, ignored]))
+        assert_close(value, expected[0])
+        assert_close(gradient[:2], expected[1])
+        assert_same_bits(gradient[2], np.zeros(3, dtype))
+        value, _ = call(loss, backend, logits, np.array([0, 2, 99]))  # another is still wrong
+        assert np.isnan(value)
+
+
+def test_a_label_out_of_range_is_nan_whatever_the_class_weights(
+    backend: Backend, dtype: Any
+) -> None:
+    for weights in ([0, 1, 1], [1, 1, 0]):
+        for smoothing in (0.0, 0.1):
+            for label in (-1, 3):
+                loss = SoftmaxNLL(weights, smoothing)
+                logits = np.zeros((2, 3), dtype)
+                value, gradient = call(loss, backend, logits, np.array([1, label]))
+                assert np.isnan(value)
+                assert np.isnan(gradient[1]).all()
+                assert np.isfinite(gradient[0]).all()
+
+
+def test_smoothing_by_hand(backend: Backend, dtype: Any) -> None:
+    # equal logits: every class has log 2; q = (0.9, 0.1); the gradient is (0.5, 0.5) - q
+    value, gradient = call(
+        SoftmaxNLL(label_smoothing=0.2), backend, np.zeros((1, 2), dtype), np.array([0])
+    )
+    assert_close(value, math.log(2), dtype=dtype)
+    assert_close(gradient, np.array([[-0.4, 0.4]]), dtype=dtype)
+
+
+def test_class_weights_by_hand(backend: Backend, dtype: Any) -> None:
+    # losses log 2 and log 4 (p = 1/4) with weights 1 and 3: (log 2 + 3 log 4) / 4 = 1.75 log 2
+    logits = np.array([[0, 0], [math.log(3), 0]], dtype)
+    value, gradient = call(SoftmaxNLL([1, 3]), backend, logits, np.array([0, 1]))
+    assert_close(value, 1.75 * math.log(2), dtype=dtype)
+    assert_close(gradient, np.array([[-0.5, 0.5], [2.25, -2.25]]) / 4, dtype=dtype)
+
+
+def test_soft_targets_need_not_be_normalized(backend: Backend, dtype: Any) -> None:
+    # softmax (1/4, 3/4), y = (1, 2): l = log 4 + 2 log (4/3), gradient 3 softmax - y
+    logits = np.array([[0, math.log(3)]], dtype)
+    value, gradient = call(SoftmaxNLL(), backend, logits, np.array([[1, 2]], dtype))
+    assert_close(value, math.log(4) + 2 * math.log(4 / 3), dtype=dtype)
+    assert_close(gradient, np.array([[-0.25, 0.25]]), dtype=dtype)
+
+
+def test_a_term_of_0_is_0_where_the_class_cannot_be(backend: Backend, dtype: Any) -> None:
+    logits = np.array([[0, -np.inf, 0], [-np.inf, 2, 2]], dtype)
+    target = np.array([[0.5, 0, 0.5], [0, 1, 0]], dtype)
+    value, gradient = call(SoftmaxNLL(), backend, logits, target)
+    assert_close(value, math.log(2), dtype=dtype)
+    assert_close(gradient, np.array([[0, 0, 0], [0, -0.25, 0.25]]), dtype=dtype)
+    loss = SoftmaxNLL(class_weight=[1, 0, 1], label_smoothing=0.3)  # weight 0 masks the class
+    value, gradient = call(loss, backend, logits[:1], np.array([0]))
+    assert_close(value, 0.9 * math.log(2), dtype=dtype)  # q = (0.8, 0, 0.1)
+    assert_close(gradient, np.array([[-0.35, 0, 0.35]]), dtype=dtype)
+    value, gradient = call(SoftmaxNLL(label_smoothing=0.3), backend, logits, np.array([0, 1]))
+    assert_same_bits(value, np.array(np.inf, dtype))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("options", "soft", "weighted"), COMBINATIONS)
+def test_logits_of_ten_thousand_in_every_combination(
+    backend: Backend,
+    dtype: Any,
+    rng: np.random.Generator,
+    options: Arguments,
+    soft: bool,
+    weighted: bool,
+) -> None:
+    problem = Combination(options, soft, weighted, rng, dtype)
+    problem.logits = rng.choice([-1e4, 0.0, 1e4], (9, 4)).astype(dtype)
+    value, gradient = call(
+        problem.loss, backend, problem.logits, problem.target, weight=problem.weight
+    )
+    expected = problem.oracle()
+    assert_close(value, expected[0], dtype=dtype)
+    assert_close(gradient, expected[1], dtype=dtype)
+
+
+def test_arguments_that_make_no_sense_are_errors() -> None:
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"SoftmaxNLL: expected label_smoothing in \[0, 1\]"):
+            SoftmaxNLL(label_smoothing=bad)
+    for weights in ([[1, 2]], 3.0, [1, -1], [1, math.inf], [math.nan]):
+        with pytest.raises(ValueError, match=r"SoftmaxNLL: expected class_weight of .*, finite"):
+            SoftmaxNLL(weights)
+    with pytest.raises(TypeError, match="expected class_weight as numbers, got 'balanced'"):
+        SoftmaxNLL("balanced")
+    with pytest.raises(ValueError, match=r"logits \(..., 3\), one for each class weight.*\(4, 2\)"):
+        SoftmaxNLL([1, 1, 1])(np.zeros((4, 2)), np.zeros(4, int))
+    with pytest.raises(TypeError, match="expected float64 soft targets, got float32"):
+        SoftmaxNLL()(np.zeros((4, 2)), np.zeros((4, 2), np.float32))
+    with pytest.raises(ValueError, match=r"soft targets of shape \(4, 2\), got \(3, 2\)"):
+        SoftmaxNLL()(np.zeros((4, 2)), np.zeros((3, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(("options", "soft", "weighted"), COMBINATIONS)
+def test_a_step_is_quiet_in_every_combination(
+    rng: np.random.Generator, options: Arguments, soft: bool, weighted: bool
+) -> None:
+    """Class weights are sent once; afterwards nothing waits, allocates or copies."""
+    from test_gpu_step import counted, quiet
+
+    problem = Combination(options, soft, weighted, rng, np.float32)
+    trainer = Trainer(mlp([6, 5, 4]), problem.loss, SGD(0.1), backend="cupy")
+    on = trainer.backend.asarray
+    x, target = on(rng.standard_normal((9, 6)), np.float32), on(problem.target)
+    weight = None if problem.weight is None else on(problem.weight)
+    trainer.train_step(x, target, weight)
+    with counted() as counts:
+        trainer.train_step(x, target, weight)
+    quiet(counts)
+    kernels = {name: n for name, n in counts.launches.items() if "nll" in name}
+    several = weighted or options["class_weight"] or options["ignore_index"] is not None
+    expected = {"softmax_nll_f32": 1} | ({"softmax_nll_weight_f32": 1} if several else {})
+    assert not counts.launches or kernels == expected  # counted by the simulated device only
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@every
+def test_a_step_is_quiet_with_every_loss(kind: str, rng: np.random.Generator) -> None:
+    from test_gpu_step import counted, quiet
+
+    problem = Problem(kind, rng, np.float32, (9, 4))
+    layers = [Linear(6, 4, rng=rng), *([Softmax()] if "probabilities" in kind else [])]
+    trainer = Trainer(Sequential(*layers), problem.loss, SGD(0.1), backend="cupy")
+    on = trainer.backend.asarray
+    x, target = on(rng.standard_normal((9, 6)), np.float32), on(problem.target)
+    for weight in (None, on(problem.weight)):
+        trainer.train_step(x, target, weight)
+        trainer.train_step(x, target, weight)  # the slab has grown
+        with counted() as counts:
+            trainer.train_step(x, target, weight)
+        quiet(counts)
+
+
+# ---- in training -----------------------------------------------------------------------------
+
+
+def test_training_takes_one_hot_rows_soft_targets_and_ignored_labels(backend: Backend) -> None:
+    rng = np.random.default_rng(3)
+    x, labels = rng.standard_normal((30, 6)), rng.integers(0, 4, 30)
+
+    def run(target: Any, loss: Loss, **arguments: Any) -> Any:
+        trainer = Trainer(mlp([6, 5, 4], dtype="float64"), loss, SGD(0.5), backend=backend)
+        trainer.fit(x, target, epochs=2, batch_size=8, **arguments)
+        return trainer
+
+    expected = run(labels, SoftmaxNLL()).history
+    assert run(np.eye(4)[labels], SoftmaxNLL()).history == expected
+    assert run(np.eye(4, dtype=int)[labels], SoftmaxNLL()).history == expected
+    soft = run(np.eye(4)[labels] * 0.9 + 0.025, SoftmaxNLL()).history
+    smoothed = run(labels, SoftmaxNLL(label_smoothing=0.1)).history
+    for name, values in smoothed.items():
+        np.testing.assert_allclose(soft[name], values, rtol=1e-12)
+    with pytest.raises(ValueError, match="expected finite, non-negative soft targets"):
+        run(np.eye(4)[labels] - 0.1, SoftmaxNLL())
+    some = labels.copy()
+    some[::3] = -100
+    with pytest.raises(ValueError, match=r"expected labels in 0..3, got -100"):
+        run(some, SoftmaxNLL())
+    trainer = run(some, SoftmaxNLL(ignore_index=-100))
+    kept = trainer.evaluate(x[some >= 0], some[some >= 0])["loss"]
+    for batch_size in (4, 7, 30):  # the mean is over what counts, however it is cut
+        scores = trainer.evaluate(x, some, batch_size=batch_size)
+        assert scores["loss"] == pytest.approx(kept, rel=1e-12)
+    weighted = run(labels, SoftmaxNLL(CLASS_WEIGHT))
+    whole = weighted.evaluate(x, labels)["loss"]
+    assert weighted.evaluate(x, labels, batch_size=7)["loss"] == pytest.approx(whole, rel=1e-12)
+
+
+def test_training_checks_the_targets_of_each_loss_once() -> None:
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    loss: Loss
+
+    def run(loss: Loss, target: Any) -> None:
+        Trainer(mlp([3, 2]), loss, SGD(0.1)).fit(x, target)
+
+    zeros = np.zeros((4, 2))
+    for loss in (Hinge(), SquaredHinge()):
+        run(loss, zeros - 1)
+        with pytest.raises(
+            ValueError, match=r"expected labels -1 and \+1, got 0; map .* 2 \* t - 1"
+        ):
+            run(loss, zeros)
+    run(BCEWithLogits(), zeros.astype(bool))
+    with pytest.raises(ValueError, match=r"targets in \[0, 1\], got -1"):
+        run(BCEWithLogits(), zeros - 1)
+    for loss in (NLL(), SoftmaxMSE(), SoftmaxNLL()):
+        with pytest.raises(ValueError, match=r"expected labels in 0..1, got 2"):
+            run(loss, np.array([0, 1, 2, 0]))
+    with pytest.raises(ValueError, match="expected 4 finite targets"):
+        run(Huber(), np.full((4, 2), np.nan))
+
+
+def test_what_targets_weigh() -> None:
+    labels, soft = np.array([0, 3, -1]), np.array([[0, 0, 0, 2.0], [0.5, 0, 0, 0.5], [0] * 4])
+    assert SoftmaxNLL().target_weight(labels) is None
+    assert MeanSquaredError().target_weight(soft) is None
+    loss = SoftmaxNLL(CLASS_WEIGHT, ignore_index=-1)
+    np.testing.assert_array_equal(loss.target_weight(labels), [0.5, 3, 0])
+    np.testing.assert_array_equal(loss.target_weight(soft), [3, 1.75, 0])
+    np.testing.assert_array_equal(SoftmaxNLL(ignore_index=3).target_weight(soft), [0, 1, 1])
+
+
+# ---- probabilities ---------------------------------------------------------------------------
+
+
+def test_nll_by_hand(backend: Backend, dtype: Any) -> None:
+    p = np.array([[0.8, 0.15, 0.05]], dtype)
+    value, gradient = call(NLL(), backend, p, np.array([0]))
+    assert float(value) == pytest.approx(0.22314, abs=5e-6)
+    assert_close(gradient, np.array([[-1.25, 0, 0]]), dtype=dtype)
+
+
+def test_nll_after_softmax_has_the_gradient_of_softmax_nll(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    logits = 4 * rng.standard_normal((9, 5))
+    for target in (rng.integers(0, 5, 9), rng.uniform(0, 1, (9, 5))):
+        p, saved = Softmax().forward(backend.asarray(logits))
+        assert float(p.min()) > 1e-12
+        for weight in (None, backend.asarray(rng.uniform(0, 1, 9))):
+            value, dp = NLL()(p, backend.asarray(target), weight)
+            dx = Softmax().backward(dp, saved)
+            expected = SoftmaxNLL()(backend.asarray(logits), backend.asarray(target), weight)
+            assert_close(backend.to_numpy(value), backend.to_numpy(expected[0]))
+            assert_close(backend.to_numpy(dx), backend.to_numpy(expected[1]))
+
+
+def test_a_probability_of_0_at_the_label_is_an_infinite_loss(backend: Backend, dtype: Any) -> None:
+    p = np.array([[0, 1, 0], [0.5, 0.5, 0]], dtype)
+    value, gradient = call(NLL(), backend, p, np.array([0, 1]))
+    assert_same_bits(value, np.array(np.inf, dtype))
+    assert np.isfinite(gradient).all()
+    value, gradient = call(NLL(), backend, p, np.array([1, 1]))  # 0 log 0 is 0
+    assert_close(value, math.log(2) / 2, dtype=dtype)
+    tiny = np.array([[1e-44, 1, 0]], dtype)  # not a normal number in float32
+    _, gradient = call(NLL(), backend, tiny, np.array([0]))
+    assert np.isfinite(gradient).all()
+
+
+def test_softmax_mse_is_that_of_the_full_jacobian(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    """As the text has it that this loss comes from: an array of samples x classes x classes."""
+    logits, labels = rng.standard_normal((8, 5)), rng.integers(0, 5, 8)
+    y = np.eye(5)[labels]
+    s = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    jacobian = s[:, :, None] * (np.eye(5) - s[:, None, :])
+    expected = (2 / 5 * (s - y)[:, :, None] * jacobian).sum(axis=1) / 8
+    for target in (labels, y):
+        value, gradient = call(SoftmaxMSE(), backend, logits, target)
+        np.testing.assert_allclose(value, ((s - y) ** 2).mean(), rtol=1e-12)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", [NLL(), SoftmaxMSE()], ids=repr)
+@pytest.mark.parametrize("label", [-1, 3, 2**40])
+def test_labels_out_of_range_are_nan_for_all(
+    backend: Backend, dtype: Any, loss: Loss, label: int
+) -> None:
+    p = np.full((2, 3), 0.25, dtype)
+    value, gradient = call(loss, backend, p, np.array([1, label]))
+    assert np.isnan(value)
+    assert np.isfinite(gradient[0]).all()
+    assert np.isnan(gradient[1]).any()
+
+
+# ---- numbers, and yes or no ------------------------------------------------------------------
+
+
+def by_hand(
+    loss: Loss, backend: Backend, dtype: Any, p: Any, t: Any, value: float, gradient: Any
+) -> None:
+    found = call(loss, backend, np.array(p, dtype), np.array(t, dtype))
+    assert_close(found[0], value, dtype=dtype)
+    assert_close(found[1], np.array(gradient, np.float64), dtype=dtype)
+
+
+def test_mean_absolute_error_by_hand(backend: Backend, dtype: Any) -> None:
+    # |1|, |-2|, |0|, |4| have mean 1.75; at 0 the derivative is 0
+    by_hand(MeanAbsoluteError(), backend, dtype, [[1, 2], [3, 4]], [[0, 4], [3, 0]], 1.75,
+            [[0.25, -0.25], [0, 0.25]])  # fmt: skip
+
+
+def test_huber_by_hand(backend: Backend, dtype: Any) -> None:
+    # delta 2: 1/2, then 2 (3 - 1) = 4, on the edge 2^2 / 2 = 2, and 0
+    by_hand(Huber(2), backend, dtype, [[1, -3], [2, 5]], [[0, 0], [0, 5]], 6.5 / 4,
+            [[0.25, -0.5], [0.5, 0]])  # fmt: skip
+    for delta in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="Huber: expected delta in"):
+            Huber(delta)
+
+
+def test_hinges_by_hand(backend: Backend, dtype: Any) -> None:
+    # margins t p are 0.5, -2, 1 (on the kink) and 3: 1 - t p is 0.5, 3, 0 and -2
+    p, t = [0.5, 2, -1, 3], [1, -1, -1, 1]
+    by_hand(Hinge(), backend, dtype, p, t, 3.5 / 4, [-0.25, 0.25, 0, 0])
+    by_hand(SquaredHinge(), backend, dtype, p, t, 9.25 / 4, [-0.25, 1.5, 0, 0])
+
+
+def test_bce_by_hand(backend: Backend, dtype: Any) -> None:
+    # at logit 0 both logarithms are log 2; at log 3 the chance is 3/4
+    p, t = [[0, 0], [math.log(3), 0]], [[0, 1], [1, 0.5]]
+    expected = (3 * math.log(2) + math.log(4 / 3)) / 4
+    by_hand(BCEWithLogits(), backend, dtype, p, t, expected, [[0.125, -0.125], [-0.0625, 0]])
+
+
+@pytest.mark.parametrize("pos_weight", [2.5, [0.5, 1.0, 4.0]])
+def test_pos_weight_is_the_factor_of_the_positive_terms(
+    backend: Backend, dtype: Any, rng: np.random.Generator, pos_weight: Any
+) -> None:
+    loss = BCEWithLogits(pos_weight)
+    x = (3 * rng.standard_normal((7, 3))).astype(dtype)
+    t = random_target("chances", rng, dtype, (7, 3))
+    value, gradient = call(loss, backend, x, t)
+    pairs = [
+        [oracles._binary(float(a), float(b), np.broadcast_to(pos_weight, 3)[j])
+         for j, (a, b) in enumerate(zip(row, wanted, strict=True))]
+        for row, wanted in zip(x, t, strict=True)
+    ]  # fmt: skip
+    expected = np.array(pairs) / 21
+    assert_close(value, expected[..., 0].sum(), depth=21, dtype=dtype)
+    assert_close(gradient, expected[..., 1], dtype=dtype)
+    check_gradients(loss, x, t.astype(np.float64), backend=backend)
+    if isinstance(pos_weight, list):
+        with pytest.raises(ValueError, match=r"logits \(..., 3\), one for each pos_weight"):
+            loss(np.zeros((2, 4)), np.zeros((2, 4)))
+
+
+def test_bce_keeps_the_digits_of_small_chances(backend: Backend) -> None:
+    x, t = np.array([[-50.0, 50.0]]), np.array([[0.0, 1.0]])
+    value, gradient = call(BCEWithLogits(), backend, x, t)
+    assert value == pytest.approx(math.exp(-50), rel=1e-12)
+    np.testing.assert_allclose(gradient, [[math.exp(-50) / 2, -math.exp(-50) / 2]], rtol=1e-12)
+
+
+@every
+def test_predictions_of_ten_thousand_are_no_trouble(
+    kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
+) -> None:
+    problem = Problem(kind, rng, dtype, (9, 4))
+    if "probabilities" not in kind:
+        problem.prediction = rng.choice([-1e4, -1.0, 0.0, 1e4], (9, 4)).astype(dtype)
+    value, gradient = problem(backend, weight=problem.weight)
+    expected = problem.oracle(problem.prediction, problem.target, problem.weight)
+    assert_close(value, expected[0], dtype=dtype)
+    assert_close(gradient, expected[1], dtype=dtype)
+
+
+@every
+def test_strided_arrays_are_read_by_value(
+    kind: str, backend: Backend, dtype: Any, rng: np.random.Generator
+) -> None:
+    problem = Problem(kind, rng, dtype, (10, 8))
+    cut = np.s_[::2, ::2]
+    rows = problem.target.ndim == 2
+    target = problem.target[cut] if rows else problem.target[::2] % 4
+    weight = problem.weight[:5]
+    expected = call(problem.loss, backend, problem.prediction[cut], target, weight=weight)
+    p, t = backend.asarray(problem.prediction)[cut], backend.asarray(problem.target)
+    t = t[cut] if rows else t[::2] % 4
+    every_other = backend.asarray(np.repeat(weight, 2))[::2]
+    value, gradient = problem.loss(p, t, every_other)
+    assert gradient is not None
+    assert_close(backend.to_numpy(value), expected[0])
+    assert_close(backend.to_numpy(gradient), expected[1])
+
+
 # ---- mean squared error ----------------------------------------------------------------------
 
 
@@ -440,3 +1031,9 @@ def test_losses_describe_themselves() -> None:
     assert repr(SoftmaxNLL()) == "SoftmaxNLL()"
     assert repr(MeanSquaredError(n_models=3)) == "MeanSquaredError(n_models=3)"
     assert SoftmaxNLL(**SoftmaxNLL(n_models=2).config()).n_models == 2
+    assert repr(SoftmaxNLL([1, 2], ignore_index=-1)) == (
+        "SoftmaxNLL(class_weight=[1.0, 2.0], ignore_index=-1)"
+    )
+    assert repr(Huber()) == "Huber()"
+    for loss in (SoftmaxNLL([1, 2], 0.1, -1, 3), Huber(2.0), BCEWithLogits([1, 2]), NLL(2)):
+        assert repr(type(loss)(**loss.config())) == repr(loss)

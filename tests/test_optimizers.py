@@ -9,7 +9,22 @@ import oracles
 import pytest
 from oracles import assert_close, assert_same_bits
 
-from nnx import SGD, Adam, MeanSquaredError, Optimizer, Parameter, ParameterVector, Trainer, mlp
+from nnx import (
+    SGD,
+    AdaGrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    Lion,
+    MeanSquaredError,
+    Optimizer,
+    Parameter,
+    ParameterVector,
+    RMSProp,
+    SoftmaxNLL,
+    Trainer,
+    mlp,
+)
 from nnx.backends import Backend
 
 MAKERS: dict[str, Callable[..., Optimizer]] = {
@@ -17,6 +32,12 @@ MAKERS: dict[str, Callable[..., Optimizer]] = {
     "momentum": lambda lr=0.1, **k: SGD(lr, momentum=0.9, **k),
     "nesterov": lambda lr=0.1, **k: SGD(lr, momentum=0.9, nesterov=True, **k),
     "adam": lambda lr=0.1, **k: Adam(lr, **k),
+    "adamw": lambda lr=0.1, **k: AdamW(lr, **k),
+    "amsgrad": lambda lr=0.1, **k: AMSGrad(lr, **k),
+    "adagrad": lambda lr=0.5, **k: AdaGrad(lr, lr_decay=0.01, initial=0.1, **k),
+    "rmsprop": lambda lr=0.1, **k: RMSProp(lr, **k),
+    "centered": lambda lr=0.1, **k: RMSProp(lr, momentum=0.5, centered=True, **k),
+    "lion": lambda lr=0.1, **k: Lion(lr, **k),
 }
 each = pytest.mark.parametrize("name", MAKERS)
 
@@ -110,7 +131,140 @@ def test_eps_of_adam_is_added_to_the_root(backend: Backend) -> None:
     assert run(problem, [1]) == pytest.approx([0.975], rel=1e-14)
 
 
+def test_adamw_by_hand(backend: Backend) -> None:
+    # the steps of test_adam_by_hand, after the value shrank by 1 - 0.1 * 0.5 = 0.95
+    # w = 0.95 - 0.1 = 0.85;  0.95 * 0.85 + 0.1 / 19;  0.95 * (that) - 0.1 (191/271) / sqrt(..)
+    problem = Problem(AdamW(0.1, weight_decay=0.5, eps=1e-30), backend, [1.0])
+    second = 0.8075 + 0.1 / 19
+    third = 0.95 * second - 0.1 * (191 / 271) / math.sqrt(5997001 / 2997001)
+    assert run(problem, [1, -1, 2]) == pytest.approx([0.85, second, third], rel=1e-13)
+
+
+def test_amsgrad_by_hand(backend: Backend) -> None:
+    # beta1 = 0, beta2 = 0.5, g = 4, 1, 3
+    # v = 8, 4.5, 6.75; largest 8, 8, 8; 1 - beta2^t = 1/2, 3/4, 7/8
+    # w -= 0.1 g / sqrt(8 / (1 - beta2^t)):  sqrt(16) = 4,  sqrt(32/3),  sqrt(64/7)
+    problem = Problem(AMSGrad(0.1, beta1=0, beta2=0.5, eps=1e-30), backend, [1.0])
+    second = 0.9 - 0.1 / math.sqrt(32 / 3)
+    third = second - 0.3 / math.sqrt(64 / 7)
+    assert run(problem, [4, 1, 3]) == pytest.approx([0.9, second, third], rel=1e-13)
+
+
+def test_adagrad_by_hand(backend: Backend) -> None:
+    # g = 3, -4, 12: sums 9, 25, 169, roots 3, 5, 13;  w -= 0.1 g / root
+    problem = Problem(AdaGrad(0.1, eps=1e-30), backend, [1.0])
+    expected = [0.9, 0.98, 0.98 - 1.2 / 13]
+    assert run(problem, [3, -4, 12]) == pytest.approx(expected, rel=1e-13)
+    # the rate falls as 1 / (1 + t), and 7 is there from the beginning: 9 + 7 = 16, root 4
+    problem = Problem(AdaGrad(0.1, lr_decay=1, initial=7, eps=1e-30), backend, [1.0])
+    assert run(problem, [3, 3]) == pytest.approx([0.925, 0.925 - 0.05 * 3 / 5], rel=1e-13)
+
+
+def test_rmsprop_by_hand(backend: Backend) -> None:
+    # alpha = 0.5, g = 2, 0, -4:  v = 2, 1, 8.5;  w -= 0.1 g / sqrt(v)
+    problem = Problem(RMSProp(0.1, alpha=0.5, eps=1e-30), backend, [1.0])
+    first = 1 - 0.2 / math.sqrt(2)
+    expected = [first, first, first + 0.4 / math.sqrt(8.5)]
+    assert run(problem, [2, 0, -4]) == pytest.approx(expected, rel=1e-13)
+    # centered: m = 1, 0.5, -1.75;  v - m^2 = 1, 0.75, 5.4375;  d = 2, 0, -4 / sqrt(5.4375)
+    # momentum 0.5: u = 2, 1, 0.5 + d;  w = 0.8, 0.7, 0.7 - 0.1 u
+    optimizer = RMSProp(0.1, alpha=0.5, eps=1e-30, momentum=0.5, centered=True)
+    third = 0.7 - 0.1 * (0.5 - 4 / math.sqrt(5.4375))
+    found = run(Problem(optimizer, backend, [1.0]), [2, 0, -4])
+    assert found == pytest.approx([0.8, 0.7, third], rel=1e-13)
+
+
+def test_lion_by_hand(backend: Backend) -> None:
+    # beta1 = 0.5, beta2 = 0.75, g = 4, -1, 0.2
+    # m before: 0, 1, 0.5;  0.5 m + 0.5 g = 2, 0, 0.35;  signs 1, 0, 1
+    problem = Problem(Lion(0.1, beta1=0.5, beta2=0.75), backend, [1.0])
+    assert run(problem, [4, -1, 0.2]) == pytest.approx([0.9, 0.9, 0.8], rel=1e-14)
+    # decay: w - 0.1 (1 + 0.5 w) = 1 - 0.15
+    problem = Problem(Lion(0.1, weight_decay=0.5), backend, [1.0])
+    assert run(problem, [4]) == pytest.approx([0.85], rel=1e-14)
+
+
+def test_constant_gradients_do_not_make_centered_rmsprop_nan(
+    backend: Backend, dtype: Any, rng: np.random.Generator
+) -> None:
+    # v - m^2 goes to 0, and in some of so many by rounding below
+    gradient = rng.standard_normal(500)
+    optimizer = RMSProp(1e-9, alpha=0.5, centered=True)
+    problem = Problem(optimizer, backend, np.ones(500), dtype=dtype)
+    for _ in range(100):
+        value = problem.step(gradient)[0]
+    assert np.isfinite(value).all()
+    v, m = (backend.to_numpy(optimizer.slot(name)) for name in ("v", "m"))
+    assert (v - m * m < 0).any(), "the case itself is wrong"
+
+
 # ---- against loops ---------------------------------------------------------------------------
+
+
+def _adamw(
+    w: float, g: float, t: int, lr: float, s: dict[str, float], k: dict[str, float]
+) -> float:
+    s["m"] = k["beta1"] * s.get("m", 0) + (1 - k["beta1"]) * g
+    s["v"] = k["beta2"] * s.get("v", 0) + (1 - k["beta2"]) * g * g
+    m, v = s["m"] / (1 - k["beta1"] ** t), s["v"] / (1 - k["beta2"] ** t)
+    return w - lr * k["weight_decay"] * w - lr * m / (math.sqrt(v) + k["eps"])
+
+
+def _amsgrad(
+    w: float, g: float, t: int, lr: float, s: dict[str, float], k: dict[str, float]
+) -> float:
+    g += k["weight_decay"] * w
+    s["m"] = k["beta1"] * s.get("m", 0) + (1 - k["beta1"]) * g
+    s["v"] = k["beta2"] * s.get("v", 0) + (1 - k["beta2"]) * g * g
+    s["max"] = max(s.get("max", 0), s["v"])
+    m, v = s["m"] / (1 - k["beta1"] ** t), s["max"] / (1 - k["beta2"] ** t)
+    return w - lr * m / (math.sqrt(v) + k["eps"])
+
+
+def _adagrad(
+    w: float, g: float, t: int, lr: float, s: dict[str, float], k: dict[str, float]
+) -> float:
+    g += k["weight_decay"] * w
+    s["sum"] = s.get("sum", k["initial"]) + g**2
+    return w - lr / (1 + (t - 1) * k["lr_decay"]) * g / (math.sqrt(s["sum"]) + k["eps"])
+
+
+def _rmsprop(
+    w: float, g: float, t: int, lr: float, s: dict[str, float], k: dict[str, float]
+) -> float:
+    g += k["weight_decay"] * w
+    s["v"] = k["alpha"] * s.get("v", 0) + (1 - k["alpha"]) * g**2
+    s["m"] = k["alpha"] * s.get("m", 0) + (1 - k["alpha"]) * g
+    variance = s["v"] - s["m"] ** 2 if k["centered"] else s["v"]
+    s["u"] = k["momentum"] * s.get("u", 0) + g / (math.sqrt(variance) + k["eps"])
+    return w - lr * s["u"]
+
+
+def _lion(w: float, g: float, t: int, lr: float, s: dict[str, float], k: dict[str, float]) -> float:
+    m = s.get("m", 0)
+    c = k["beta1"] * m + (1 - k["beta1"]) * g
+    s["m"] = k["beta2"] * m + (1 - k["beta2"]) * g
+    return w - lr * (math.copysign(1, c) + k["weight_decay"] * w)
+
+
+def _loop_of_a_rule(rule: Any, value: Any, gradients: Any, lr: Any, **settings: Any) -> Any:
+    """Apply a rule for one number to each element, step by step."""
+    flat = np.asarray(value, np.float64).ravel().tolist()
+    states: list[dict[str, float]] = [{} for _ in flat]
+    for step, gradient in enumerate(gradients):
+        for i, g in enumerate(np.asarray(gradient, np.float64).ravel().tolist()):
+            flat[i] = rule(flat[i], g, step + 1, lr(step), states[i], settings)
+    return np.array(flat).reshape(value.shape)
+
+
+LOOPS: dict[type[Optimizer], Any] = {SGD: oracles.sgd, Adam: oracles.adam}
+RULES: dict[type[Optimizer], Any] = {
+    AdamW: _adamw,
+    AMSGrad: _amsgrad,
+    AdaGrad: _adagrad,
+    RMSProp: _rmsprop,
+    Lion: _lion,
+}
 
 
 @each
@@ -127,10 +281,14 @@ def test_optimizers_agree_with_the_loops(
     for step in gradients:
         problem.step(*step)
     settings = {k: v for k, v in optimizer.config().items() if k != "lr"}
-    oracle: Any = oracles.adam if name == "adam" else oracles.sgd
+    oracle = LOOPS.get(type(optimizer), _loop_of_a_rule)
     for i, value in enumerate(problem.values()):
         expected = oracle(
-            start[i], [g[i] for g in gradients], lambda step: 0.1 / (1 + step), **settings
+            *(() if type(optimizer) in LOOPS else (RULES[type(optimizer)],)),
+            start[i],
+            [g[i] for g in gradients],
+            lambda step: 0.1 / (1 + step),
+            **settings,
         )
         assert_close(value, expected, depth=100, dtype=dtype)
 
@@ -151,9 +309,12 @@ def test_gaps_between_parameters_stay_zero(name: str, backend: Backend, dtype: A
 def test_optimizers_find_the_bottom_of_a_bowl(name: str, backend: Backend) -> None:
     # f(w) = sum c_i (w_i - b_i)^2 / 2, curvatures from 0.5 to 5
     c, b = np.array([0.5, 1, 5]), np.array([3.0, -2, 0.5])
-    problem = Problem(MAKERS[name](0.05), backend, np.zeros(3))
+    # where a step doesn't shrink with the gradient, the rate must
+    steady = name in ("rmsprop", "centered", "lion")
+    lr = (lambda step: 0.1 * 0.99**step) if steady else 1.0 if name == "adagrad" else 0.05
+    problem = Problem(MAKERS[name](lr, weight_decay=0), backend, np.zeros(3))
     w = np.zeros(3)
-    for _ in range(600):
+    for _ in range(800):
         w = problem.step(c * (w - b))[0]
     np.testing.assert_allclose(w, b, atol=1e-3)
 
@@ -219,6 +380,24 @@ def test_a_frozen_parameter_keeps_its_bits(name: str, backend: Backend, dtype: A
     assert float(backend.to_numpy(free.value)[0]) < 0.9
 
 
+@pytest.mark.parametrize("name", ["amsgrad", "adagrad", "rmsprop", "centered", "lion"])
+def test_a_frozen_parameter_keeps_its_bits_whatever_its_gradient(
+    name: str, backend: Backend
+) -> None:
+    frozen = Parameter(backend.asarray(np.array([0.1, -0.3, 0.5])), lr_scale=0)
+    free = Parameter(backend.asarray(np.array([1.0])))
+    optimizer = MAKERS[name](weight_decay=0.1, clip_norm=1)
+    optimizer.bind(ParameterVector([frozen, free]))
+    for limit in (1.0, None):
+        optimizer.clip_norm = limit
+        frozen.accumulate(), free.accumulate()
+        frozen.grad[...] = backend.asarray(np.array([np.nan, np.inf, -np.inf]))
+        free.grad.fill(2)
+        optimizer.step()
+    assert_same_bits(backend.to_numpy(frozen.value), np.array([0.1, -0.3, 0.5]))
+    assert float(backend.to_numpy(free.value)[0]) < 0.95
+
+
 # ---- gradients -------------------------------------------------------------------------------
 
 
@@ -270,6 +449,192 @@ def test_step_logs_the_loss(backend: Backend) -> None:
     np.testing.assert_array_equal(log, [7, np.nan, 9])
 
 
+# ---- penalties ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.3), (0.2, 0.0), (0.2, 0.3)])
+def test_a_penalty_adds_its_own_gradient_whatever_the_batch(
+    backend: Backend, dtype: Any, rng: np.random.Generator, n: int, l1: float, l2: float
+) -> None:
+    x, t = rng.standard_normal((n, 3)), rng.integers(0, 2, n)
+    results = []
+    for on in (0, 1):
+        model = mlp([3, 4, 2], dtype=dtype, seed=1)
+        model.state()["0.weight"][0, 0] = 0  # sign(0) is 0
+        trainer = Trainer(model, SoftmaxNLL(), SGD(0.1, l1=on * l1, l2=on * l2), backend=backend)
+        values = {name: backend.to_numpy(p.value).copy() for name, p in model.parameters()}
+        loss = trainer.train_step(backend.asarray(x, dtype), backend.asarray(t))
+        gradients = {name: backend.to_numpy(p.grad).copy() for name, p in model.parameters()}
+        results.append((float(loss), gradients))
+    (loss, plain), (penalized_loss, penalized) = results
+    assert penalized_loss == loss  # the loss that is reported is the loss
+    for name, value in values.items():
+        sign = oracles.elementwise(lambda w: (w > 0) - (w < 0), value)
+        assert_close(penalized[name], plain[name] + l1 * sign + l2 * value, dtype=dtype)
+
+
+def test_l2_is_weight_decay_where_nothing_is_clipped(backend: Backend) -> None:
+    for name in ("sgd", "nesterov", "adam", "amsgrad", "adagrad", "rmsprop"):
+        pair = [Problem(MAKERS[name](**k), backend, [1.0, -2]) for k in ({"l2": 0.3}, {})]
+        pair[1].optimizer.weight_decay = 0.3
+        for gradient in ([1, -2], [0.5, 3], [-2, 0]):
+            assert_close(pair[0].step(gradient)[0], pair[1].step(gradient)[0])
+
+
+@pytest.mark.parametrize("models", [None, 3])
+def test_penalty_is_the_penalty_and_its_gradient_what_is_added(
+    backend: Backend, rng: np.random.Generator, models: int | None
+) -> None:
+    lead = () if models is None else (models,)
+    a, b, c = (rng.standard_normal((*lead, *shape)) for shape in ((2, 3), (70,), (2,)))
+    parameters = [
+        Parameter(backend.asarray(a)),
+        Parameter(backend.asarray(b), decay_scale=0),
+        Parameter(backend.asarray(c), decay_scale=0.5),
+    ]
+    optimizer = SGD(0.1, l1=0.2, l2=0.3)
+    optimizer.bind(ParameterVector(parameters, models))
+    expected = []
+    for k in range(models or 1):
+        rows = [(v if models is None else v[k]).ravel() for v in (a, c)]
+        terms = [
+            scale * (0.2 * abs(w) + 0.15 * w * w)
+            for scale, row in zip((1, 0.5), rows, strict=True)
+            for w in row.tolist()
+        ]
+        expected.append(math.fsum(terms))
+    found = backend.to_numpy(optimizer.penalty())
+    assert_close(found, np.array(expected[0] if models is None else expected))
+    for p in parameters:
+        p.accumulate()
+        p.grad.fill(7)
+    optimizer.step()
+    for p, value, scale in zip(parameters, (a, b, c), (1, 0, 0.5), strict=True):
+        gradient = 7 + scale * (0.2 * np.sign(value) + 0.3 * value)
+        assert_close(backend.to_numpy(p.grad), gradient)
+
+
+def test_a_penalty_of_0_lets_infinite_weights_be(backend: Backend) -> None:
+    problem = Problem(SGD(0.0, l1=0.5), backend, [np.inf, 1.0])
+    problem.step([1, 1])
+    np.testing.assert_array_equal(backend.to_numpy(problem.parameters[0].grad), [1.5, 1.5])
+
+
+# ---- clipping ----------------------------------------------------------------------------------
+
+
+def test_clipping_by_value(backend: Backend, dtype: Any) -> None:
+    problem = Problem(SGD(1.0, clip_value=0.5), backend, np.zeros(6), dtype=dtype)
+    step = problem.step([0.25, 3, -0.5, -np.inf, np.nan, np.inf])[0]
+    assert_close(step, np.array([-0.25, -0.5, 0.5, 0.5, np.nan, -0.5], dtype))
+
+
+def test_clipping_by_norm(backend: Backend, dtype: Any) -> None:
+    # |(3, 4, 12)| = 13, over two parameters; 6.5 halves it, 26 leaves it alone
+    for limit in (6.5, 26.0, 13e-3, 13.0):
+        factor = min(1, limit / 13.000001)
+        optimizer = SGD(1.0, clip_norm=limit)
+        problem = Problem(optimizer, backend, np.zeros(2), np.zeros(1), dtype=dtype)
+        one, two = problem.step([3, -4], [12])
+        assert_close(one, np.array([-3, 4]) * factor, dtype=dtype)
+        assert_close(two, np.array([-12]) * factor, dtype=dtype)
+
+
+def test_a_norm_that_is_nan_makes_every_gradient_nan(backend: Backend) -> None:
+    problem = Problem(SGD(1.0, clip_norm=1), backend, np.zeros(2), np.zeros(1))
+    assert all(np.isnan(v).all() for v in problem.step([1, np.nan], [3]))
+
+
+def test_clipping_of_a_gradient_of_zero(backend: Backend) -> None:
+    problem = Problem(SGD(1.0, clip_norm=1, clip_value=1), backend, np.ones(2))
+    assert_close(problem.step([0, 0])[0], np.ones(2))
+
+
+def test_each_model_has_a_norm_of_its_own(backend: Backend, rng: np.random.Generator) -> None:
+    # more elements than the host takes at a time
+    gradient = rng.standard_normal((3, 30_000)) * np.array([[1e-3], [1], [10]])
+    p = Parameter(backend.asarray(np.zeros((3, 30_000))))
+    optimizer = SGD(1.0, clip_norm=2)
+    optimizer.bind(ParameterVector([p], 3))
+    p.accumulate()
+    p.grad[...] = backend.asarray(gradient)
+    optimizer.step()
+    for row, g in zip(backend.to_numpy(p.value), gradient, strict=True):
+        norm = math.sqrt(math.fsum(x * x for x in g.tolist()))
+        assert_close(row, -g * min(1, 2 / (norm + 1e-6)))
+
+
+def test_frozen_parameters_do_not_count_in_the_norm(backend: Backend) -> None:
+    frozen = Parameter(backend.asarray(np.ones(2)), lr_scale=0)
+    free = Parameter(backend.asarray(np.zeros(2)))
+    optimizer = SGD(1.0, clip_norm=5.0, l2=1.0)
+    optimizer.bind(ParameterVector([frozen, free]))
+    for p in (frozen, free):
+        p.accumulate()
+        p.grad[...] = backend.asarray([6.0, 8.0])
+    optimizer.step()
+    factor = 5 / (10 + 1e-6)
+    assert_close(backend.to_numpy(free.value), -np.array([6, 8]) * factor)
+    assert_same_bits(backend.to_numpy(frozen.value), np.ones(2))
+
+
+def test_penalty_then_value_then_norm_then_decay(backend: Backend) -> None:
+    # g = 1 + 0.5 * 4 = 3, by value 2; the other 0.1 + 0.5 * 0 = 0.1
+    # norm of (2, 0.1); decay 0.25 * 4 = 1 comes after and isn't clipped
+    optimizer = SGD(1.0, l2=0.5, clip_value=2, clip_norm=1, weight_decay=0.25)
+    factor = 1 / (math.sqrt(4.01) + 1e-6)
+    expected = np.array([4 - 2 * factor - 1, -0.1 * factor])
+    assert_close(Problem(optimizer, backend, [4.0, 0.0]).step([1, 0.1])[0], expected)
+
+
+# ---- on the device -----------------------------------------------------------------------------
+
+SETTINGS: list[tuple[Callable[[], Optimizer], int]] = [
+    (lambda: SGD(0.1, clip_value=0.1), 2),
+    (lambda: SGD(0.1, clip_norm=0.1), 3),
+    (lambda: SGD(0.1, l1=0.1, l2=0.1), 2),
+    (lambda: AdamW(), 2),
+    (lambda: AMSGrad(weight_decay=0.1), 6),
+    (lambda: AdaGrad(), 3),
+    (lambda: RMSProp(centered=True, momentum=0.5), 5),
+    (lambda: Lion(weight_decay=0.1), 4),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(("make", "launches"), SETTINGS, ids=[repr(m()) for m, _ in SETTINGS])
+@pytest.mark.parametrize("models", [None, 2])
+def test_a_step_on_the_device_neither_waits_nor_allocates(
+    make: Callable[[], Optimizer], launches: int, models: int | None, rng: np.random.Generator
+) -> None:
+    """`launches` of kernels and library calls make the update, counters included."""
+    from test_gpu_step import _simulator, counted, quiet
+
+    from nnx import get_backend
+    from nnx.backends.arena import Arena
+
+    backend, optimizer = get_backend("cupy"), make()
+    shapes = [(5, 70), (70,)] if models is None else [(models, 5, 70), (models, 70)]
+    parameters = [Parameter(backend.asarray(np.ones(s, np.float32))) for s in shapes]
+    vector = ParameterVector(parameters, models)
+    optimizer.bind(vector)
+    optimizer.begin_step()
+    loss = backend.asarray(np.zeros(() if models is None else models, np.float32))
+    arena = Arena(backend.xp)
+    for i in range(4):
+        vector.grad[...] = i + 1
+        for p in parameters:
+            p.fresh = False
+        with arena.step("step"), counted() as counts:
+            optimizer.step(loss)
+        if i:
+            quiet(counts)
+            if _simulator() is not None and models is None:
+                assert counts.total == launches, counts.launches
+
+
 # ---- states ----------------------------------------------------------------------------------
 
 
@@ -304,7 +669,18 @@ def test_state_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("name", "slots"), [("sgd", []), ("momentum", ["velocity"]), ("adam", ["m", "v"])]
+    ("name", "slots"),
+    [
+        ("sgd", []),
+        ("momentum", ["velocity"]),
+        ("adam", ["m", "v"]),
+        ("adamw", ["m", "v"]),
+        ("amsgrad", ["m", "v", "v_max"]),
+        ("adagrad", ["sum"]),
+        ("rmsprop", ["v"]),
+        ("centered", ["v", "m", "velocity"]),
+        ("lion", ["m"]),
+    ],
 )
 def test_state_holds_what_the_optimizer_keeps(name: str, slots: list[str]) -> None:
     problem = Problem(MAKERS[name](), _numpy(), np.ones(3))
@@ -362,6 +738,20 @@ def _numpy() -> Backend:
         (lambda: Adam(0.1, beta1=1), "beta1 in .* got 1"),
         (lambda: Adam(0.1, beta2=-0.1), "beta2 in .* got -0.1"),
         (lambda: Adam(0.1, eps=-1e-8), "eps in .* got -1e-08"),
+        (lambda: Adam(0.1, eps=0), r"Adam: expected eps in \(0, inf\), got 0"),
+        (lambda: AdamW(weight_decay=-1), "AdamW: expected weight_decay in .* got -1"),
+        (lambda: AMSGrad(beta1=1), "AMSGrad: expected beta1"),
+        (lambda: AdaGrad(lr_decay=-1), "AdaGrad: expected lr_decay"),
+        (lambda: AdaGrad(initial=-1), "AdaGrad: expected initial"),
+        (lambda: AdaGrad(eps=0), "AdaGrad: expected eps"),
+        (lambda: RMSProp(alpha=1), r"RMSProp: expected alpha in \[0, 1\), got 1"),
+        (lambda: RMSProp(momentum=1), "RMSProp: expected momentum"),
+        (lambda: RMSProp(eps=0), "RMSProp: expected eps"),
+        (lambda: Lion(beta2=1.5), "Lion: expected beta2 .* got 1.5"),
+        (lambda: SGD(l1=-1), "SGD: expected l1"),
+        (lambda: SGD(l2=float("inf")), "SGD: expected l2 in .* got inf"),
+        (lambda: SGD(clip_value=0), r"SGD: expected clip_value in \(0, inf\), got 0"),
+        (lambda: SGD(clip_norm=-2), "SGD: expected clip_norm .* got -2"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_named(make: Any, message: str) -> None:
@@ -402,5 +792,15 @@ def test_two_optimizers_of_one_vector_keep_states_of_their_own(backend: Backend)
 def test_optimizers_describe_themselves() -> None:
     text = "SGD(lr=0.1, weight_decay=0.0, momentum=0.9, nesterov=True)"
     assert repr(MAKERS["nesterov"]()) == text
-    optimizer = Adam(0.5, beta1=0.8)
-    assert repr(Adam(**optimizer.config())) == repr(optimizer)
+    for optimizer in (
+        Adam(0.5, beta1=0.8),
+        Adam(amsgrad=True, clip_norm=1),
+        AdamW(l1=0.1),
+        AMSGrad(l2=3),
+        AdaGrad(lr_decay=0.1, initial=2, eps=1),
+        RMSProp(alpha=0.3, momentum=0.5, centered=True, clip_value=2),
+        Lion(beta2=0.5, weight_decay=0.1),
+    ):
+        again = type(optimizer)(**optimizer.config())
+        assert repr(again) == repr(optimizer)
+        assert vars(again) == vars(optimizer)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import assert_same_bits
 
-from nnx import Linear, Parameter, ParameterVector, Sequential, get_backend
+from nnx import SGD, Adam, Linear, Optimizer, Parameter, ParameterVector, Sequential, get_backend
 from nnx.backends import Backend, NumpyBackend, backend_of
 
 SHAPES: list[tuple[int, ...]] = [(3, 5), (5,), (64,), (65,), (), (8, 16), (1,)]
@@ -221,3 +221,21 @@ def test_backends_must_agree() -> None:
     parameters = [Parameter(get_backend(name).asarray(np.ones(2))) for name in ("numpy", "cupy")]
     with pytest.raises(TypeError, match="one backend"):
         ParameterVector(parameters)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.1)], ids=repr)
+def test_a_frozen_parameter_survives_a_gradient_that_is_not_a_number(
+    backend: Backend, optimizer: Optimizer
+) -> None:
+    frozen = Parameter(backend.asarray([1.0, 2.0]), lr_scale=0)
+    free = Parameter(backend.asarray([1.0, 2.0]))
+    optimizer = type(optimizer)(**optimizer.config())
+    optimizer.bind(ParameterVector([frozen, free]))
+    for p in (frozen, free):
+        p.grad[...] = backend.asarray([np.nan, 1.0])
+        p.accumulate()
+    optimizer.step()
+    np.testing.assert_array_equal(backend.to_numpy(frozen.value), [1, 2])
+    moved = backend.to_numpy(free.value)
+    assert np.isnan(moved[0])
+    assert moved[1] < 2

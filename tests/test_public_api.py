@@ -23,10 +23,16 @@ PACKAGES = ["nnx", "nnx.backends", "nnx.data", "nnx.layers"]
 MODULES = sorted([*(ROOT / "nnx").rglob("*.py"), *(ROOT / "backends").glob("*.py")])
 NOT_CORE = {"cli.py", "plot.py", "data"}
 
-# Lines of code of the core without comments and docstrings. It was 2,362 when this was written;
-# a quarter more is what may still come. The point isn't the number but that somebody who wants to
-# know how it works can read all of it in one sitting: what the core doesn't need goes elsewhere.
-CORE_BUDGET = 2_950
+# Lines of code without comments and docstrings. The spine is what somebody must read who wants to
+# know how it works, in one sitting: arrays, layers and containers, parameters, the step, files. It
+# was 2,401 when this was written. A catalogue is many entries of one kind, of which one reads the
+# one at hand: an entry more is no harder to read, a spine that grows is.
+CATALOGUES = {
+    *("activations.py", "normalization.py", "initializers.py", "losses.py", "optimizers.py"),
+    *("schedules.py", "callbacks.py", "metrics.py"),
+}
+SPINE_BUDGET = 2_700
+CATALOGUE_BUDGET = 2_200
 
 # Everything that is imported when it is first used, and not before.
 ON_DEMAND = {
@@ -137,7 +143,10 @@ def test_a_reader_finishes_the_core_in_one_sitting() -> None:
     lines = {str(path.relative_to(ROOT)): _code_lines(path) for path in core}
     assert "nnx/trainer.py" in lines
     assert "backends/base.py" in lines
-    assert sum(lines.values()) <= CORE_BUDGET, lines
+    entries = {name: n for name, n in lines.items() if Path(name).name in CATALOGUES}
+    assert len(entries) == len(CATALOGUES)
+    assert sum(entries.values()) <= CATALOGUE_BUDGET, entries
+    assert sum(lines.values()) - sum(entries.values()) <= SPINE_BUDGET, lines
 
 
 # ---- the README ------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ __device__ void sgd(T* value, T* velocity, T* log, i64* counters, u32* ticket, c
     i64 n = n_models * size, step = (i64)gridDim.x * THREADS;
     for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
         i64 row = 2 * groups[i % size / 64];
+        if (table[row] == 0) continue; // frozen: 0 * NaN would change it
         T w = value[i], g = decayed(grad[i], w, decay * table[row + 1]), update = g;
         if (velocity) {
             T u = mu * velocity[i] + g;
@@ -67,6 +68,7 @@ __device__ void adam(T* value, T* m, T* v, T* log, i64* counters, u32* ticket, c
     i64 n = n_models * size, step = (i64)gridDim.x * THREADS;
     for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
         i64 row = 2 * groups[i % size / 64];
+        if (table[row] == 0) continue; // frozen: 0 * NaN would change it
         T w = value[i], g = decayed(grad[i], w, decay * table[row + 1]);
         T mi = b1 * m[i] + c1 * g, vi = b2 * v[i] + c2 * (g * g);
         m[i] = mi;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 from nnx.backends import Array, Backend, StepState, backend_of
 from nnx.parameter import Parameter
@@ -53,8 +53,13 @@ class Layer:
 
     A subclass writes `forward` and `backward`, keeps its `Parameter`s and inner layers in
     attributes, and returns its constructor's arguments from `config`. What backward needs travels
-    in `saved`, never in `self`, so a layer may be used twice, or by two threads.
+    in `saved`, never in `self`, so a layer may be used twice, or by two threads. Arrays that belong
+    to the layer but aren't trained, such as running statistics, are buffers: attributes whose names
+    stand in `buffer_names`. They are saved, moved and replicated with the layer.
     """
+
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that hold buffers."""
 
     n_models: int | None = None
     """Number of models K if arrays have a leading model axis. Declared, never guessed."""
@@ -128,9 +133,24 @@ class Layer:
             for inner, p in child._named_parameters():
                 yield f"{name}.{inner}", p
 
+    def buffers(self) -> Iterator[tuple[str, Array]]:
+        """The buffers by name ("running_mean", nested "1.running_mean"), shared ones once."""
+        seen: set[int] = set()
+        for name, array in self._named_buffers():
+            if id(array) not in seen:
+                seen.add(id(array))
+                yield name, array
+
+    def _named_buffers(self) -> Iterator[tuple[str, Array]]:
+        for name in self.buffer_names:
+            yield name, getattr(self, name)
+        for name, child in self.children():
+            for inner, array in child._named_buffers():
+                yield f"{name}.{inner}", array
+
     def state(self) -> dict[str, Array]:
-        """All arrays that make up the layer, by name."""
-        return {name: p.value for name, p in self.parameters()}
+        """All arrays that make up the layer, parameters and buffers, by name."""
+        return {name: p.value for name, p in self.parameters()} | dict(self.buffers())
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Copy arrays into the layer.
@@ -160,7 +180,7 @@ class Layer:
             array[...] = backend_of(array).asarray(state[name])
 
     def to(self, backend: str | Backend) -> Self:
-        """Move the parameters, their gradients and the optimizer's state; returns the layer."""
+        """Move parameters, gradients, buffers and the optimizer's state; returns the layer."""
         from nnx.backends import get_backend
 
         target = get_backend(backend) if isinstance(backend, str) else backend
@@ -171,6 +191,11 @@ class Layer:
                 source = backend_of(p.value)
                 p.value = target.asarray(source.to_numpy(p.value))
                 p.grad = target.asarray(source.to_numpy(p.grad))
+        for layer in self.layers():
+            for name in layer.buffer_names:
+                array = getattr(layer, name)
+                if backend_of(array) is not target:
+                    setattr(layer, name, target.asarray(backend_of(array).to_numpy(array)))
         return self
 
     def replicate(self, n_models: int) -> Self:
@@ -191,4 +216,6 @@ class Layer:
                 stacked = xp.repeat(value.value[None], n_models, axis=0)
                 scales = {"lr_scale": value.lr_scale, "decay_scale": value.decay_scale}
                 setattr(new, name, Parameter(stacked, **scales))
+            elif name in self.buffer_names:
+                setattr(new, name, backend_of(value).xp.repeat(value[None], n_models, axis=0))
         return new

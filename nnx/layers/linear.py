@@ -9,7 +9,7 @@ import numpy as np
 
 from nnx._checks import check_input
 from nnx.backends import Array, backend_of
-from nnx.initializers import Initializer, he_normal, zeros
+from nnx.initializers import Initializer, he_normal, ones, zeros
 from nnx.layers.activations import ReLU
 from nnx.layers.base import Layer, Saved, Step
 from nnx.parameter import Parameter
@@ -23,7 +23,7 @@ class Linear(Layer):
         n_out: Width of the output's last axis; at least 1.
         bias: Whether there is a bias. It starts at zero.
         initializer: Draws the weights; by default N(0, 2 / n_in) (He et al. 2015, eq. 10).
-        rng: The generator to draw from; needed unless `initializer` is `zeros`.
+        rng: The generator to draw from; needed unless `initializer` is `zeros` or `ones`.
         dtype: float32 or float64.
         n_models: K for K models side by side, each with weights of its own.
 
@@ -31,6 +31,7 @@ class Linear(Layer):
         x: `(..., n_in)` -> y: `(..., n_out)`. Leading axes are flattened into one product.
         With K models, x: `(K, N, n_in)`, or `(N, n_in)` shared by all -> y: `(K, N, n_out)`.
         weight: `(n_in, n_out)`, transposed against PyTorch's; with K models `(K, n_in, n_out)`.
+        `from_columns` and `to_columns` translate.
 
     Saved: x flattened (a view when contiguous).
     Gradient: `dx = dy @ weight.T`, `dweight = x.T @ dy`, `dbias = sum of dy over samples`.
@@ -58,7 +59,7 @@ class Linear(Layer):
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"Linear: expected dtype float32 or float64, got {np.dtype(dtype)}")
         if rng is None:
-            if initializer is not zeros:
+            if initializer not in (zeros, ones):
                 raise ValueError(
                     "Linear: needs a generator to draw its weights from; "
                     "pass rng=numpy.random.default_rng(seed)"
@@ -85,6 +86,55 @@ class Linear(Layer):
     @classmethod
     def from_config(cls, config: dict[str, Any], children: dict[str, Layer]) -> Self:  # noqa: D102
         return cls(**config, initializer=zeros)
+
+    @classmethod
+    def from_columns(cls, weight: Any, bias: Any = None) -> Self:
+        """The layer of a net whose samples are columns, `y = weight @ x + bias`.
+
+        That is how many texts write it, and how PyTorch stores it. With `X` the transpose of the
+        columns, `(W x + b)^T = X W^T + b^T`: the weight is transposed, the bias stays.
+
+        Args:
+            weight: `(n_out, n_in)`, or `(K, n_out, n_in)` for K models; float32 or float64.
+            bias: `(n_out,)` or a column `(n_out, 1)`, with K models behind an axis of K; or None.
+
+        Raises:
+            ValueError: The shapes don't fit.
+            TypeError: The dtype is neither float32 nor float64.
+        """
+        home = backend_of(weight) if hasattr(weight, "dtype") else backend_of(np.empty(0))
+        weight = home.asarray(weight)
+        if weight.ndim not in (2, 3):
+            raise ValueError(
+                "Linear.from_columns: expected weight of shape (n_out, n_in) or (K, n_out, n_in), "
+                f"got {weight.shape}"
+            )
+        *models, n_out, n_in = weight.shape
+        layer = cls(
+            n_in,
+            n_out,
+            bias=bias is not None,
+            initializer=zeros,
+            dtype=weight.dtype,
+            n_models=models[0] if models else None,
+        ).to(home)
+        layer.weight.value[...] = weight.swapaxes(-1, -2)
+        if layer.bias is not None:
+            shape, bias = layer.bias.value.shape, home.asarray(bias, weight.dtype)
+            if bias.shape not in (shape, (*shape, 1)):
+                raise ValueError(
+                    f"Linear.from_columns: expected bias of shape {shape} or {(*shape, 1)}, "
+                    f"got {bias.shape}"
+                )
+            layer.bias.value[...] = bias.reshape(shape)
+        return layer
+
+    def to_columns(self) -> tuple[Array, Array | None]:
+        """Copies of weight `(n_out, n_in)` and bias `(n_out,)` as `from_columns` takes them."""
+        weight = backend_of(self.weight.value).xp.ascontiguousarray(
+            self.weight.value.swapaxes(-1, -2)
+        )
+        return weight.copy(), None if self.bias is None else self.bias.value.copy()
 
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:  # noqa: D102
         y, flat = self._product(x)
