@@ -319,3 +319,31 @@ def test_data_that_do_not_fit_are_sent_batch_by_batch(monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(get_backend("cupy")), "fits", lambda self, nbytes: False)
     streamed = run("cupy", np.float64)[1]
     np.testing.assert_array_equal(np.concatenate(streamed), np.concatenate(resident))
+
+
+def test_the_second_device_is_as_good_as_the_first() -> None:
+    """On `cupy:1` while the current device is 0: everything stays there, and moves back."""
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((70, 20)), rng.integers(0, 5, 70)
+    losses = {}
+    for device in (0, 1):
+        model = nnx.mlp([20, 33, 5], dropout=0.3)
+        trainer = nnx.Trainer(model, nnx.SoftmaxNLL(), nnx.Adam(), backend=f"cupy:{device}")
+        trainer.fit(x, t, epochs=3, validation=(x, t))
+        assert trainer.vector.value.device.id == device
+        assert cupy.cuda.Device().id == 0
+        losses[device] = trainer.history["loss"] + trainer.history["validation_loss"]
+        trainer.predict(x)
+    assert losses[0] == losses[1]
+    first, second = get_backend("cupy:0"), get_backend("cupy:1")
+    with pytest.raises(TypeError, match="cupy and cupy:1"):
+        nnx.backend_of(first.asarray(x), second.asarray(x))
+    model.to("cupy:0")
+    trainer.fit(x, t)
+    assert trainer.vector.value.device.id == 0
+    with pytest.raises(nnx.BackendUnavailable, match="got device 99"):
+        get_backend("cupy:99")
