@@ -173,6 +173,7 @@ class Trainer:
         metrics: Sequence[Metric] | None = None,
         callbacks: Sequence[Callback] = (),
         shuffle: bool = True,
+        drop_last: bool = False,
         progress: bool = False,
     ) -> History:
         """Train for a number of epochs, more on top of those already done.
@@ -181,12 +182,15 @@ class Trainer:
             x: Samples along the first axis. Moved to the device once if they fit.
             t: A target for each: class labels for a loss that classifies.
             epochs: How often to go through the data.
-            batch_size: Samples in a step. The last step of an epoch takes what is left.
+            batch_size: Samples in a step. The last step of an epoch takes what is left, weighted
+                by its true size.
             sample_weight: Non-negative weight of each sample in the loss.
             validation: `(x, t)` to evaluate on after each epoch.
             metrics: What to measure besides the loss; accuracy by default if the loss classifies.
             callbacks: Called after each step and epoch.
             shuffle: Whether each epoch takes the samples in a new order.
+            drop_last: Whether to leave out a last batch that isn't full; `BatchNorm` needs that
+                where it would be a single sample.
             progress: Whether to show a progress bar on the standard error.
 
         Returns:
@@ -202,12 +206,17 @@ class Trainer:
             )
         with self.backend.activate():
             data = self._data("fit", x, t, sample_weight)
+            n = data.n - data.n % batch_size * drop_last
+            if not n:
+                raise ValueError(
+                    f"fit: drop_last leaves nothing of {data.n} samples in batches of {batch_size}"
+                )
             held_out = None if validation is None else self._data("fit (validation)", *validation)
             metrics = self._metrics(metrics)
-            bar = _progress_bar(epochs * math.ceil(data.n / batch_size)) if progress else None
+            bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
             try:
                 for _ in range(epochs):
-                    record = self._fit_epoch(data, batch_size, metrics, callbacks, shuffle, bar)
+                    record = self._fit_epoch(data, n, batch_size, metrics, callbacks, shuffle, bar)
                     if held_out is not None:
                         scores = self._evaluate(held_out, max(batch_size, 512), metrics)
                         record |= {f"validation_{name}": value for name, value in scores.items()}
@@ -231,16 +240,18 @@ class Trainer:
     def _fit_epoch(
         self,
         data: _Data,
+        n: int,
         batch_size: int,
         metrics: Sequence[Metric],
         callbacks: Sequence[Callback],
         shuffle: bool,
         bar: Any,
     ) -> dict[str, Any]:
-        n, backend = data.n, self.backend
-        order = np.arange(n)
+        backend = self.backend
+        order = np.arange(data.n)
         if shuffle:
-            order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(n)
+            order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(data.n)
+        order = order[:n]
         starts = np.arange(0, n, batch_size)
         self.optimizer.plan(len(starts), order)
         steps = self.optimizer.steps
@@ -348,7 +359,8 @@ class _Data:
 
     def weights(self, order: np.ndarray) -> np.ndarray:
         """The samples' weights in the loss in this order, float64; ones if there are none."""
-        weights = self.host[2][order].astype(np.float64) if len(self.host) == 3 else np.ones(self.n)
+        weighted = len(self.host) == 3
+        weights = self.host[2][order].astype(np.float64) if weighted else np.ones(len(order))
         return weights if self.factor is None else weights * self.factor[order]
 
     def gather(self, steps: StepState, batch_size: int, n: int) -> list[Array]:

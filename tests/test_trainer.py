@@ -32,6 +32,7 @@ from nnx import (
     mlp,
 )
 from nnx.backends import Backend, XpBackend, backend_of
+from nnx.backends.philox import SHUFFLE, generator
 
 AND = (np.array([[0, 0], [0, 1], [1, 0], [1, 1]], float), np.array([[0], [0], [0], [1]], float))
 
@@ -768,3 +769,27 @@ def test_threads_train_models_of_their_own(rng: np.random.Generator) -> None:
         together: Sequence[Trainer] = list(pool.map(run, range(3)))
     for seed, trainer in enumerate(together):
         assert_same_weights(trainer, run(seed))
+
+
+def test_drop_last_leaves_out_the_batch_that_is_not_full(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    """Of 33 samples in batches of 8 one is left over, and `BatchNorm` refuses it."""
+    x, t = blobs(rng, 33)
+    layers = nnx.Linear(x.shape[1], 4, rng=rng), nnx.BatchNorm(4), nnx.Linear(4, 3, rng=rng)
+    trainer = nnx.Trainer(nnx.Sequential(*layers), nnx.SoftmaxNLL(), nnx.SGD(0.0), backend=backend)
+    with pytest.raises(ValueError, match="BatchNorm"):
+        trainer.fit(x, t, batch_size=8)
+    weight = np.ones(33)
+    trainer.fit(x, t, epochs=2, batch_size=8, drop_last=True, sample_weight=weight)
+    assert trainer.optimizer.steps.number == 4 + 2 * 4  # four before the refusal
+    whole = nnx.Trainer(
+        nnx.Linear(x.shape[1], 4, rng=rng), nnx.MeanSquaredError(), nnx.SGD(0.0), backend=backend
+    )
+    target = rng.standard_normal((33, 4))
+    order = generator(0, SHUFFLE, step=0).permutation(33)[:32]
+    record = whole.fit(x, target, batch_size=8, drop_last=True)
+    expected = whole.evaluate(x[order], target[order])
+    np.testing.assert_allclose(record["loss"][-1], expected["loss"], rtol=1e-5)
+    with pytest.raises(ValueError, match="nothing of 33 samples in batches of 64"):
+        whole.fit(x, target, batch_size=64, drop_last=True)
