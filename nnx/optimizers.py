@@ -150,7 +150,14 @@ class Optimizer:
         steps.plan(rates, dtype=vector.value.dtype, n_models=vector.n_models, order=order)
 
     def begin_step(self) -> StepState:
-        """Make the next gradients the first of a step, and see to it that the step is planned."""
+        """Make the next gradients the first of a step, and see to it that the step is planned.
+
+        Gradients that somebody left behind, or an interrupted step, don't count in the next.
+        """
+        self.vector.begin_step()
+        return self._planned()
+
+    def _planned(self) -> StepState:
         steps = self.steps
         if steps.position >= len(steps.rates):
             self.plan(self.PLAN)
@@ -162,7 +169,7 @@ class Optimizer:
         Args:
             loss: The step's loss, entered in the loss log by the same operation.
         """
-        steps, vector = self.begin_step(), self.vector
+        steps, vector = self._planned(), self.vector
         vector.clear_unwritten()
         self._add_penalty(vector, self.l1, self.l2)
         self._clip(vector)

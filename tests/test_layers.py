@@ -1053,3 +1053,14 @@ def test_layers_may_be_nested_and_named_by_attribute(rng: np.random.Generator) -
         "0.right.0.bias",
     ]
     check_gradients(model, rng.standard_normal((5, 3)))
+
+
+def test_summary_lists_the_innermost_layers() -> None:
+    inner = nnx.Sequential(nnx.Linear(5, 2, rng=np.random.default_rng(0)), nnx.Tanh())
+    first = nnx.Linear(4, 5, bias=False, rng=np.random.default_rng(0))
+    lines = nnx.Sequential(first, inner, inner).summary().splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1.0", "1.1", "2.0", "2.1", "parameters"]
+    assert [line.split()[-1] for line in lines] == ["20", "12", "0", "12", "0", "32"]
+    assert "Linear(n_in=4, n_out=5, bias=False" in lines[0]
+    assert len({len(line) for line in lines}) == 1
+    assert first.summary().splitlines()[0].endswith(" 20")

@@ -97,7 +97,8 @@ class Layer:
         return self.forward(x)[0]
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        given = {name: value for name, value in self.config().items() if value is not None}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return f"{type(self).__name__}({arguments})"
 
     def children(self) -> Iterator[tuple[str, Layer]]:
@@ -132,6 +133,28 @@ class Layer:
         for name, child in self.children():
             for inner, p in child._named_parameters():
                 yield f"{name}.{inner}", p
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters, of all models together; shared ones count once."""
+        return sum(int(p.value.size) for _, p in self.parameters())
+
+    def summary(self) -> str:
+        """A table: name, layer and number of parameters of each innermost layer, and the total."""
+        rows = [("", repr(self), self)] if not any(self.children()) else list(self._leaves())
+        table = [(name, text, f"{layer.n_parameters:,}") for name, text, layer in rows]
+        table.append(("", "parameters", f"{self.n_parameters:,}"))
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}" for a, b, c in table]
+        return "\n".join(lines)
+
+    def _leaves(self, path: str = "") -> Iterator[tuple[str, str, Layer]]:
+        """Name, description and layer of each inner layer that has no inner layers."""
+        for name, child in self.children():
+            if any(child.children()):
+                yield from child._leaves(f"{path}{name}.")
+            else:
+                yield path + name, repr(child), child
 
     def buffers(self) -> Iterator[tuple[str, Array]]:
         """The buffers by name ("running_mean", nested "1.running_mean"), shared ones once."""
