@@ -274,7 +274,7 @@ def write(path: Path, model: Any, form: Any = 1, weight: Any = None) -> Path:
 
 def test_a_description_written_by_hand_is_read(tmp_path: Path) -> None:
     model = load(write(tmp_path / "m", LINEAR))
-    assert repr(model) == "Linear(n_in=2, n_out=1, bias=False, dtype='float32', n_models=None)"
+    assert repr(model) == "Linear(n_in=2, n_out=1, bias=False, dtype='float32')"
 
 
 @pytest.mark.parametrize(
