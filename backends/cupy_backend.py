@@ -81,12 +81,13 @@ class CupyStepState(StepState):
     `plan` copies from pinned memory on the current stream, so it waits for nothing.
     """
 
+    backend: CupyBackend
+
     def __init__(self, backend: CupyBackend) -> None:
         super().__init__(backend)
         xp = backend.xp
         self.counters = xp.zeros(2, np.int64)
         self.device_rates = xp.zeros(0, np.float64)
-        self._staged: deque[tuple[Any, Any]] = deque()
 
     def plan(
         self,
@@ -110,19 +111,9 @@ class CupyStepState(StepState):
 
     def _upload(self, host: np.ndarray, out: Array | None) -> Array:
         """Copy `host` to `out` if that has its shape, else to a new array; returns it."""
-        import cupyx
-
-        xp = self.backend.xp
         if out is None or out.shape != host.shape:
-            out = xp.empty(host.shape, host.dtype)
-        staged = cupyx.empty_pinned(host.shape, host.dtype)
-        staged[...] = host
-        out.set(staged)
-        copied = xp.cuda.Event(disable_timing=True)
-        copied.record()
-        self._staged.append((copied, staged))  # pinned memory must outlive the copy
-        while self._staged[0][0].done and len(self._staged) > 1:
-            self._staged.popleft()
+            out = self.backend.xp.empty(host.shape, host.dtype)
+        self.backend.upload(host, out)
         return out
 
 
@@ -137,6 +128,7 @@ class CupyBackend(XpBackend):
         super().__init__(cupy, "cupy" if device == 0 else f"cupy:{device}")
         self.device = device
         self._tickets: dict[int, Array] = {}
+        self._staged: deque[tuple[Any, Any]] = deque()
 
     # ---- arrays --------------------------------------------------------------------------------
 
@@ -148,6 +140,20 @@ class CupyBackend(XpBackend):
     def to_numpy(self, a: Array) -> np.ndarray:
         """`a` on the host. Waits for the device."""
         return np.asarray(self.xp.asnumpy(a))
+
+    def upload(self, host: np.ndarray, out: Array) -> None:
+        """Copy to the device by way of pinned memory, on the current stream, without waiting."""
+        import cupyx
+
+        staged = cupyx.empty_pinned(host.shape, host.dtype)
+        staged[...] = host
+        out.set(staged)
+        copied = self.xp.cuda.Event(disable_timing=True)
+        copied.record()
+        # held here, not by whoever asked: the copy may come after they are gone
+        self._staged.append((copied, staged))
+        while self._staged and self._staged[0][0].done:
+            self._staged.popleft()
 
     def synchronize(self) -> None:
         """Wait until everything on the current stream is done."""

@@ -217,6 +217,22 @@ def test_a_planned_epoch_uploads_without_waiting() -> None:
     assert counts.waits == 0
 
 
+def test_a_trainer_may_be_dropped_while_its_work_is_pending() -> None:
+    """What was uploaded for it must stay until the device has read it (seen in deferred mode)."""
+    simulator = _simulator()
+    deferred = simulator.option("async", 1) if simulator else contextlib.nullcontext()
+    x, t = batch(32)
+    losses = []
+    with deferred:
+        for _ in range(40):
+            trainer = small_trainer()
+            trainer.train_step(x, t)
+            losses.append(trainer.train_step(x, t))
+            del trainer
+        get_backend("cupy").synchronize()
+    assert len({float(loss) for loss in losses}) == 1
+
+
 # ---- the same on both backends -----------------------------------------------------------------
 
 
