@@ -99,6 +99,9 @@ def backend_of(*arrays: Array) -> Backend:
 def resolve(flag: str | Backend | None = None, *, default: Backend | None = None) -> Backend:
     """The backend to run on: `flag`, else the variable `NNX_BACKEND`, else `default`, else NumPy.
 
+    For the three places that read the flag: `Trainer`, the estimators and the command line. Others
+    pass a backend or its name, or ask `backend_of`.
+
     Args:
         flag: The argument `backend=` or the option `--backend`; `None` where it wasn't given.
         default: Where the parameters are.

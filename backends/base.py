@@ -39,6 +39,7 @@ class StepState:
         rates: Learning rates of the planned steps, float64.
         log: Losses of the planned steps, `(n,)` or `(n, K)`; NaN until they are known.
         order: Order of the samples in this epoch, int64, or None.
+        host_order: The same on the host.
     """
 
     def __init__(self, backend: XpBackend) -> None:
@@ -48,6 +49,7 @@ class StepState:
         self.rates = np.empty(0)
         self.log: Array = None
         self.order: Array = None
+        self.host_order: np.ndarray | None = None
 
     @property
     def rate(self) -> float:
@@ -68,6 +70,11 @@ class StepState:
         shape = (len(rates),) if n_models is None else (len(rates), n_models)
         self.log = self.backend.xp.full(shape, np.nan, dtype)
         self.order = None if order is None else self.backend.asarray(order)
+        self.host_order = order
+
+    def set_rates(self, rates: np.ndarray) -> None:
+        """Change the learning rates of the planned steps."""
+        self.rates = rates
 
     def advance(self, loss: Array | None) -> None:
         """End a step: enter its loss in the log and count. Part of every optimizer's operation."""
@@ -89,6 +96,8 @@ class Backend(Protocol):
 
     def asarray(self, a: Any, dtype: Any = None) -> Array: ...
     def to_numpy(self, a: Array) -> np.ndarray: ...
+    def fetch(self, arrays: Sequence[Array]) -> list[np.ndarray]: ...
+    def upload(self, host: np.ndarray, out: Array) -> None: ...
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def synchronize(self) -> None: ...
     def activate(self) -> contextlib.AbstractContextManager[Any]: ...
@@ -289,6 +298,14 @@ class XpBackend:
         """`a` on the host: the only way out. Waits for the device."""
         return np.asarray(a)
 
+    def fetch(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Several arrays on the host; waits for the device once."""
+        return [self.to_numpy(a) for a in arrays]
+
+    def upload(self, host: np.ndarray, out: Array) -> None:
+        """Copy a host array to `out`, of its shape and dtype, without waiting."""
+        out[...] = host
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array not initialized, from the running step's arena, else a fresh one."""
         arena = running.arena
@@ -467,6 +484,8 @@ class XpBackend:
             class_of_row = self._class_of_row(target, in_row, class_weight)
         plain = weight is None and class_of_row is None and normalizer is None
         factor = self._row_factors(valid, rows[-1], dtype, weight, class_of_row, normalizer)
+        if class_of_row is not None:
+            factor = xp.where(valid & (class_of_row == 0), dtype.type(0), factor)
         terms = None
         if soft or label_smoothing:
             terms = self._class_terms(target, in_row, n_classes, label_smoothing, dtype)

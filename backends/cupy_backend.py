@@ -99,10 +99,16 @@ class CupyStepState(StepState):
     ) -> None:
         """As in `StepState`, and on the device."""
         super().plan(rates, dtype=dtype, n_models=n_models)
+        self.host_order = order
         self.counters = self._upload(np.array([self.number, 0]), self.counters)
         self.device_rates = self._upload(rates, self.device_rates)
         if order is not None:
             self.order = self._upload(order.astype(np.int64), None)
+
+    def set_rates(self, rates: np.ndarray) -> None:
+        """As in `StepState`, and on the device."""
+        super().set_rates(rates)
+        self.device_rates = self._upload(rates, self.device_rates)
 
     def advance(self, loss: Array | None) -> None:
         """As in `StepState`, on the device too; for optimizers that have no kernel."""
@@ -140,6 +146,18 @@ class CupyBackend(XpBackend):
     def to_numpy(self, a: Array) -> np.ndarray:
         """`a` on the host. Waits for the device."""
         return np.asarray(self.xp.asnumpy(a))
+
+    def fetch(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Several arrays on the host, by way of pinned memory; waits for the device once."""
+        import cupyx
+
+        staged = []
+        for a in arrays:
+            host = cupyx.empty_pinned(a.shape, a.dtype)
+            a.get(out=host, blocking=False)
+            staged.append(host)
+        self.synchronize()
+        return [host.copy() for host in staged]
 
     def upload(self, host: np.ndarray, out: Array) -> None:
         """Copy to the device by way of pinned memory, on the current stream, without waiting."""

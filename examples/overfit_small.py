@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=args.out,
         name="overfit_small.png",
     )
+    fast = histories["learning rate 1"]
+    picture(nnx.plot.learning_curves, fast, out=args.out, name="overfit_small_curves.png")
 
 
 if __name__ == "__main__":

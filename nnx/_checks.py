@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nnx.backends import Array
@@ -22,6 +23,24 @@ def check_input(who: str, x: Array, n_in: int, dtype: Any, n_models: int | None 
         raise TypeError(
             f"{who}: expected {dtype} input, got {x.dtype}; convert it: x.astype({str(dtype)!r})"
         )
+
+
+def check_gradient(who: str, dy: Array, shape: tuple[int, ...], dtype: Any) -> None:
+    """Check the gradient of a layer's output against that `shape` and dtype.
+
+    An output `(N, n_out)` may have come with N split into any number of axes, or none.
+    """
+    got = dy.shape
+    if got == shape and dy.dtype == dtype:
+        return
+    joined = len(shape) == 2 and got[-1:] == shape[1:] and math.prod(got[:-1]) == shape[0]
+    error: type[Exception] = ValueError
+    if got == shape or joined:
+        if dy.dtype == dtype:
+            return
+        error = TypeError
+    hint = " in all" if len(shape) == 2 and len(got) != 2 else ""
+    raise error(f"{who}: expected a {dtype} gradient of shape {shape}{hint}, got {dy.dtype} {got}")
 
 
 def check_floating(who: str, x: Array) -> None:

@@ -575,9 +575,10 @@ class SoftmaxNLL(_OfClasses):
     Smoothing changes q in all rows and d in none. So a one-hot soft target means in every
     combination what its label means; with `normalizer=N` the last row is PyTorch's too. (*) PyTorch
     has no `ignore_index` for soft targets, and gives NaN where all are ignored; here loss and
-    gradient are 0. A soft target of zeros has d = 0 if there are class weights. Terms with
-    `q_j = 0` are 0 even where the logit is -inf; a logit of -inf with `q_j > 0`, which smoothing
-    makes of all classes, is a loss of inf.
+    gradient are 0. A sample with d = 0 counts for nothing, even where smoothing gives it terms
+    of other classes, which PyTorch keeps; a soft target of zeros has d = 0 if there are class
+    weights. Terms with `q_j = 0` are 0 even where the logit is -inf; a logit of -inf with
+    `q_j > 0`, which smoothing makes of all classes, is a loss of inf.
 
     Args:
         class_weight: `(C,)`, finite and not negative.

@@ -42,22 +42,38 @@ class Metric:
 
 
 class Accuracy(Metric):
-    """Fraction of samples whose largest output is at the label; of equal ones the first counts."""
+    """Fraction of samples whose largest output is at the label; of equal ones the first counts.
+
+    Args:
+        ignore_index: Samples with this label count for nothing, as in `SoftmaxNLL`.
+    """
 
     name = "accuracy"
 
+    def __init__(self, ignore_index: int | None = None) -> None:
+        self.ignore_index = ignore_index
+
     def start(self, backend: Backend, n_models: int | None) -> Array:  # noqa: D102
-        return backend.xp.zeros(() if n_models is None else (n_models,), np.int64)
+        models = () if n_models is None else (n_models,)
+        if self.ignore_index is None:
+            return backend.xp.zeros(models, np.int64)
+        return backend.xp.zeros((2, *models), np.int64)  # right ones, and those that count
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:  # noqa: D102
         backend = backend_of(total, prediction, target)
         if target.dtype.kind == "f":  # of a soft target the largest entry is the label
             labels = backend.empty(target.shape[:-1], np.int64)
             target = backend.xp.argmax(target, axis=-1, out=labels)
-        backend.count_correct(prediction, target, total)
+        if self.ignore_index is None:
+            backend.count_correct(prediction, target, total)
+            return
+        counts = target != self.ignore_index
+        target = backend.xp.where(counts, target, -1)
+        backend.count_correct(prediction, target, total[0, ...])
+        total[1] += counts.sum(axis=-1)
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        return _quotient(total, n)
+        return _quotient(total, n) if self.ignore_index is None else _quotient(total[0], total[1])
 
 
 class TopKAccuracy(Metric):

@@ -54,8 +54,8 @@ class Optimizer:
     recurrent neural networks", algorithm 1, as `torch.nn.utils.clip_grad_norm_`). Nobody waits for
     the norm; if it is NaN, so is every gradient. Frozen parameters count as having no gradient.
     On CuPy clipping by norm costs a matrix product and a launch, by value a launch, and a penalty a
-    launch for each run of parameters of equal settings. After `step` the gradients are those that
-    were used: penalized and clipped.
+    launch for each run of parameters of equal settings. After `step` the gradients are
+    penalized and clipped; optimizers without a kernel leave their weight decay in them as well.
 
     Args:
         lr: Learning rate, or a function from the step number to it.
@@ -84,21 +84,34 @@ class Optimizer:
         clip_value: float | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        if not callable(lr):
-            self._check("lr", lr)
+        self._vector: ParameterVector | None = None
+        self._steps: StepState | None = None
+        self._slots: dict[str, Array] = {}
+        self.lr = lr
         self._check("weight_decay", weight_decay)
         self._check("l1", l1)
         self._check("l2", l2)
         for name, limit in (("clip_value", clip_value), ("clip_norm", clip_norm)):
             if limit is not None:
                 check_range(type(self).__name__, name, limit, 0, math.inf)
-        self.lr: float | Schedule = lr
         self.weight_decay = weight_decay
         self.l1, self.l2 = l1, l2
         self.clip_value, self.clip_norm = clip_value, clip_norm
-        self._vector: ParameterVector | None = None
-        self._steps: StepState | None = None
-        self._slots: dict[str, Array] = {}
+
+    @property
+    def lr(self) -> float | Schedule:
+        """Learning rate or schedule. A new one holds from the next step on."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float | Schedule) -> None:
+        if not callable(lr):
+            self._check("lr", lr)
+        self._lr = lr
+        steps = self._steps
+        if steps is not None and steps.position < len(steps.rates):
+            done, left = steps.rates[: steps.position], len(steps.rates) - steps.position
+            steps.set_rates(np.concatenate([done, self._rates(steps.number, left)]))
 
     @property
     def vector(self) -> ParameterVector:
@@ -139,15 +152,37 @@ class Optimizer:
             )
         self._vector = vector
 
-    def plan(self, n_steps: int, order: np.ndarray | None = None) -> None:
-        """Lay out the next `n_steps`: learning rates, loss log, order of the samples."""
-        steps = self.steps
-        if callable(self.lr):
-            rates = np.array([self.lr(steps.number + i) for i in range(n_steps)], np.float64)
-        else:
-            rates = np.full(n_steps, self.lr, np.float64)
-        vector = self.vector
+    def plan(self, n_steps: int, order: np.ndarray | None = None, *, at_most: bool = False) -> None:
+        """Lay out the next `n_steps`: learning rates, loss log, order of the samples.
+
+        With `at_most` a schedule that ends sooner ends the plan; its error is that of its own step.
+
+        Raises:
+            ValueError: The schedule gives a rate that is negative or not finite.
+        """
+        steps, vector = self.steps, self.vector
+        rates = self._rates(steps.number, n_steps, at_most=at_most)
         steps.plan(rates, dtype=vector.value.dtype, n_models=vector.n_models, order=order)
+
+    def _rates(self, first: int, n_steps: int, *, at_most: bool = False) -> np.ndarray:
+        """Learning rates of the steps from `first` on, float64."""
+        if not callable(self._lr):
+            return np.full(n_steps, self._lr, np.float64)
+        rates: list[float] = []
+        for step in range(first, first + n_steps):
+            try:
+                rate = float(self._lr(step))
+                if not 0 <= rate < math.inf:
+                    raise ValueError(
+                        f"{type(self).__name__}: expected the schedule to give a finite learning "
+                        f"rate of at least 0, got {rate} for step {step}"
+                    )
+            except Exception:
+                if at_most and rates:
+                    break
+                raise
+            rates.append(rate)
+        return np.array(rates, np.float64)
 
     def begin_step(self) -> StepState:
         """Make the next gradients the first of a step, and see to it that the step is planned.
@@ -160,7 +195,7 @@ class Optimizer:
     def _planned(self) -> StepState:
         steps = self.steps
         if steps.position >= len(steps.rates):
-            self.plan(self.PLAN)
+            self.plan(self.PLAN, at_most=True)
         return steps
 
     def step(self, loss: Array | None = None) -> None:
@@ -251,8 +286,10 @@ class Optimizer:
         return {"step": self.steps.number, **self._slots}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`."""
+        """Go on from a `state()`; slots that it doesn't hold are zero again."""
         vector, steps = self.vector, self.steps
+        if "step" not in state:
+            raise ValueError(f"load_state: expected a state with 'step', got {sorted(state)}")
         slots = {name: array for name, array in state.items() if name != "step"}
         for name, array in slots.items():
             if array.shape != vector.value.shape or array.dtype != vector.value.dtype:
@@ -260,6 +297,8 @@ class Optimizer:
                     f"load_state: expected {name} of shape {vector.value.shape} and dtype "
                     f"{vector.value.dtype}, got {array.shape} and {array.dtype}"
                 )
+        for name in self._slots.keys() - slots.keys():
+            self._slots[name].fill(0)
         for name, array in slots.items():
             self.slot(name)[...] = vector.backend.asarray(array)
         steps.number, steps.position, steps.rates = int(state["step"]), 0, np.empty(0)
@@ -341,7 +380,7 @@ class Adam(Optimizer):
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
         eps: Above 0; keeps the denominator from 0.
-        amsgrad: Whether steps may only get shorter for the same m.
+        amsgrad: Whether the largest `v` so far is used.
         options: Weight decay, penalties and clipping, see `Optimizer`.
     """
 

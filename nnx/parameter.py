@@ -12,10 +12,14 @@ from nnx.backends.base import Groups
 class Parameter:
     """An array that training changes, and the gradient of the loss with respect to it.
 
+    A copy (`copy.deepcopy`, `pickle`) has a value of its own and belongs to no `ParameterVector`;
+    its gradient is 0.
+
     Args:
         value: The initial value; kept, not copied.
         lr_scale: Factor of the learning rate for this parameter; 0 freezes it.
-        decay_scale: Factor of the weight decay for this parameter.
+        decay_scale: Factor of the weight decay for this parameter. Both are fixed once a
+            `ParameterVector` holds the parameter.
 
     Attributes:
         value: The array. Change it in place (`p.value[...] = a`): it may be a view of a
@@ -26,18 +30,47 @@ class Parameter:
             overwrites, the later ones add, and nobody needs to clear.
     """
 
-    __slots__ = ("decay_scale", "fresh", "grad", "lr_scale", "value", "vector")
+    __slots__ = ("_decay_scale", "_lr_scale", "fresh", "grad", "value", "vector")
 
     def __init__(self, value: Array, *, lr_scale: float = 1.0, decay_scale: float = 1.0) -> None:
         self.value = value
         self.grad = backend_of(value).xp.zeros_like(value)
         self.fresh = True
-        self.lr_scale = lr_scale
-        self.decay_scale = decay_scale
+        self._lr_scale = lr_scale
+        self._decay_scale = decay_scale
         self.vector: ParameterVector | None = None
 
     def __repr__(self) -> str:
         return f"Parameter{tuple(self.value.shape)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.value.copy(), self.lr_scale, self.decay_scale)
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor of the learning rate."""
+        return self._lr_scale
+
+    @lr_scale.setter
+    def lr_scale(self, scale: float) -> None:
+        self._check_unbound("lr_scale")
+        self._lr_scale = scale
+
+    @property
+    def decay_scale(self) -> float:
+        """Factor of the weight decay."""
+        return self._decay_scale
+
+    @decay_scale.setter
+    def decay_scale(self, scale: float) -> None:
+        self._check_unbound("decay_scale")
+        self._decay_scale = scale
+
+    def _check_unbound(self, name: str) -> None:
+        if self.vector is not None:
+            raise ValueError(
+                f"Parameter: {name} is fixed once a Trainer holds the parameter; set it before"
+            )
 
     def accumulate(self) -> bool:
         """Whether the contribution about to be written must add; it counts as written from here."""
@@ -48,7 +81,8 @@ class Parameter:
 class ParameterVector:
     """The values of all parameters in one flat buffer, and their gradients in another.
 
-    An optimizer updates the whole model by one operation on it. Each parameter starts at a
+    An optimizer updates the whole model by one operation on it. The parameters follow each other in
+    the order given, the elements of each in row-major (C) order. Each parameter starts at a
     multiple of 64 elements; the gaps hold zeros and stay zero.
 
     Args:
@@ -73,7 +107,7 @@ class ParameterVector:
             if p.vector is not None:
                 raise ValueError(
                     f"ParameterVector: {p} already belongs to another vector; "
-                    "train the model with the Trainer that holds it, or load a copy of the model"
+                    "train the model with the Trainer that holds it, or a deep copy of the model"
                 )
             if n_models is not None and p.value.shape[:1] != (n_models,):
                 raise ValueError(
@@ -146,6 +180,11 @@ class ParameterVector:
     def _view(self, flat: Array, start: int, stop: int, shape: tuple[int, ...]) -> Any:
         rows = flat[0, start:stop] if self.n_models is None else flat[:, start:stop]
         return rows.reshape(shape)
+
+
+def _rebuild(value: Array, lr_scale: float, decay_scale: float) -> Parameter:
+    """The copy of a parameter, in no vector."""
+    return Parameter(value, lr_scale=lr_scale, decay_scale=decay_scale)
 
 
 def _merge(runs: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:

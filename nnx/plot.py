@@ -42,7 +42,8 @@ def learning_curves(history: Mapping[str, Sequence[Any]], path: str | Path | Non
     """Draw loss and metrics against the epoch, training and validation in one panel each.
 
     Args:
-        history: What `Trainer.fit` returns. With K models there are K lines of each kind.
+        history: What `Trainer.fit` returns. With K models there are K lines of each kind. A metric
+            of more axes in an epoch, such as a confusion matrix, has no panel.
         path: Where to save the figure, 4 inches by panel at 100 dots per inch; the suffix chooses
             the format.
 
@@ -53,18 +54,21 @@ def learning_curves(history: Mapping[str, Sequence[Any]], path: str | Path | Non
         ImportError: matplotlib isn't installed.
         ValueError: The history holds no epoch.
     """
-    names = [n for n in history if n != "epoch" and not n.startswith(_VALIDATION)]
-    n_epochs = len(history[names[0]]) if names else 0
+    # where a value was missing the history has one NaN, whatever the shape of the others
+    series = {n: np.stack(np.broadcast_arrays(*v)) for n, v in history.items() if len(v)}
+    series = {n: v for n, v in series.items() if v.ndim <= 2}
+    names = [n for n in series if n != "epoch" and not n.startswith(_VALIDATION)]
+    n_epochs = len(series[names[0]]) if names else 0
     if not n_epochs:
         raise ValueError("learning_curves: expected a history of at least 1 epoch, got none")
     figure = _new_figure("learning_curves", width=4 * len(names))
-    epochs = history.get("epoch", range(1, n_epochs + 1))
+    epochs = series.get("epoch", np.arange(1, n_epochs + 1))
     for name, axes in zip(names, _panels(figure, len(names)), strict=True):
         _whole_numbers(axes.xaxis)
-        curves = {"training": history[name], "validation": history.get(_VALIDATION + name)}
+        curves = {"training": series[name], "validation": series.get(_VALIDATION + name)}
         for label, values in curves.items():
             if values is not None:
-                lines = axes.plot(epochs, np.array(values), **_STYLES[label], markersize=4)
+                lines = axes.plot(epochs, values, **_STYLES[label], markersize=4)
                 lines[0].set_label(label)
                 for line in lines:
                     line.set_marker("o" if len(epochs) <= _FEW else "")

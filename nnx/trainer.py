@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -200,10 +200,9 @@ class Trainer:
             ValueError: The data don't fit together or aren't finite, or a label is out of range.
             FloatingPointError: An epoch's loss is NaN or infinite.
         """
-        if epochs < 0 or batch_size < 1:
-            raise ValueError(
-                f"fit: expected epochs >= 0 and batch_size >= 1, got {epochs} and {batch_size}"
-            )
+        if epochs < 0:
+            raise ValueError(f"fit: expected epochs of at least 0, got {epochs}")
+        batch_size = _batch_size("fit", batch_size)
         with self.backend.activate():
             data = self._data("fit", x, t, sample_weight)
             n = data.n - data.n % batch_size * drop_last
@@ -216,10 +215,16 @@ class Trainer:
             bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
             try:
                 for _ in range(epochs):
-                    record = self._fit_epoch(data, n, batch_size, metrics, callbacks, shuffle, bar)
+                    data = data.on(self.backend)  # a callback may have moved the model
+                    readings = [
+                        self._fit_epoch(data, n, batch_size, metrics, callbacks, shuffle, bar)
+                    ]
                     if held_out is not None:
-                        scores = self._evaluate(held_out, max(batch_size, 512), metrics)
-                        record |= {f"validation_{name}": value for name, value in scores.items()}
+                        held_out = held_out.on(self.backend)
+                        readings.append(self._evaluate(held_out, max(batch_size, 512), metrics))
+                    record, *scores = self._read(readings)
+                    for score in scores:
+                        record |= {f"validation_{name}": value for name, value in score.items()}
                     self.epoch += 1
                     self.history.append({"epoch": self.epoch, **record})
                     if bar is not None:
@@ -246,7 +251,7 @@ class Trainer:
         callbacks: Sequence[Callback],
         shuffle: bool,
         bar: Any,
-    ) -> dict[str, Any]:
+    ) -> _Reading:
         backend = self.backend
         order = np.arange(data.n)
         if shuffle:
@@ -267,12 +272,8 @@ class Trainer:
             for callback in callbacks:
                 callback.on_step_end(self)
         share = np.add.reduceat(data.weights(order), starts)
-        losses = backend.to_numpy(log).astype(np.float64)  # the epoch's one wait for the device
-        mean = share @ losses / (share.sum() or 1.0)
-        record = {"loss": mean if mean.ndim else float(mean)}
-        for metric, total in totals:
-            record[metric.name] = metric.result(backend.to_numpy(total), n)
-        return record
+        share /= share.sum() or 1.0
+        return _Reading(log, lambda losses: share @ losses.astype(np.float64), totals, n)
 
     def evaluate(
         self,
@@ -285,10 +286,12 @@ class Trainer:
     ) -> dict[str, Any]:
         """Loss and metrics over a data set, without training; arguments as in `fit`."""
         with self.backend.activate():
+            batch_size = _batch_size("evaluate", batch_size)
             data = self._data("evaluate", x, t, sample_weight)
-            return self._evaluate(data, batch_size, self._metrics(metrics))
+            (record,) = self._read([self._evaluate(data, batch_size, self._metrics(metrics))])
+            return record
 
-    def _evaluate(self, data: _Data, batch_size: int, metrics: Sequence[Metric]) -> dict[str, Any]:
+    def _evaluate(self, data: _Data, batch_size: int, metrics: Sequence[Metric]) -> _Reading:
         backend, n_models = self.backend, self.vector.n_models
         totals = [(metric, metric.start(backend, n_models)) for metric in metrics]
         share = data.weights(np.arange(data.n))
@@ -300,15 +303,25 @@ class Trainer:
             loss_sum = loss_sum + self.loss(y, t, *weight, need_gradient=False)[0] * part
             for metric, total in totals:
                 metric.update(total, y, t)
-        loss = backend.to_numpy(loss_sum)
-        record = {"loss": loss if loss.ndim else float(loss)}
-        for metric, total in totals:
-            record[metric.name] = metric.result(backend.to_numpy(total), data.n)
-        return record
+        return _Reading(loss_sum, lambda loss: loss, totals, data.n)
+
+    def _read(self, readings: list[_Reading]) -> list[dict[str, Any]]:
+        """What was measured, by name: an epoch's one wait for the device."""
+        arrays = [a for r in readings for a in (r.losses, *(total for _, total in r.totals))]
+        values = iter(self.backend.fetch(arrays))
+        records = []
+        for r in readings:
+            loss = np.asarray(r.mean(next(values)))
+            record: dict[str, Any] = {"loss": loss if loss.ndim else float(loss)}
+            for metric, _ in r.totals:
+                record[metric.name] = metric.result(next(values), r.n)
+            records.append(record)
+        return records
 
     def predict(self, x: Any, *, batch_size: int = 512) -> np.ndarray:
         """The model's outputs on the host, `(N, ...)` or `(K, N, ...)`: logits for `SoftmaxNLL`."""
         with self.backend.activate():
+            batch_size = _batch_size("predict", batch_size)
             features = self._features("predict", x)
             data = _Data(self.backend, [features])
             outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]
@@ -317,8 +330,12 @@ class Trainer:
     # ---- data ----------------------------------------------------------------------------------
 
     def _features(self, who: str, x: Any) -> np.ndarray:
-        x = _to_host(x)
-        return np.asarray(check_features(x, who=who), self.vector.value.dtype)
+        x, dtype = check_features(_to_host(x), who=who), self.vector.value.dtype
+        if x.dtype == dtype:
+            return np.asarray(x)
+        with np.errstate(over="ignore"):  # what is finite in float64 may not be in float32
+            cast: np.ndarray = check_features(x.astype(dtype), who=f"{who}, in {dtype}")
+        return cast
 
     def _data(self, who: str, x: Any, t: Any, weight: Any = None) -> _Data:
         """Check a data set on the host, once, and put it where batches are taken from."""
@@ -340,7 +357,9 @@ class Trainer:
     def _metrics(self, metrics: Sequence[Metric] | None) -> Sequence[Metric]:
         if metrics is not None:
             return metrics
-        return (Accuracy(),) if self.loss.classifies else ()
+        if not self.loss.classifies:
+            return ()
+        return (Accuracy(getattr(self.loss, "ignore_index", None)),)
 
 
 class _Data:
@@ -357,6 +376,10 @@ class _Data:
         self.resident = backend.fits(sum(a.nbytes for a in arrays))
         self.arrays = [backend.asarray(a) for a in arrays] if self.resident else arrays
 
+    def on(self, backend: Backend) -> _Data:
+        """The same data where this backend wants them."""
+        return self if backend is self.backend else _Data(backend, self.host, self.factor)
+
     def weights(self, order: np.ndarray) -> np.ndarray:
         """The samples' weights in the loss in this order, float64; ones if there are none."""
         weighted = len(self.host) == 3
@@ -368,13 +391,33 @@ class _Data:
         if self.resident:
             return self.backend.gather_rows(self.arrays, steps, batch_size, n)
         start = steps.position * batch_size
-        index = self.backend.to_numpy(steps.order)[start : start + n]
-        return [self.backend.asarray(a[index]) for a in self.arrays]
+        assert steps.host_order is not None
+        index, batch = steps.host_order[start : start + n], []
+        for a in self.arrays:
+            out = self.backend.empty((n, *a.shape[1:]), a.dtype)
+            self.backend.upload(a[index], out)
+            batch.append(out)
+        return batch
 
     def slices(self, batch_size: int) -> Iterator[Any]:
         """`(start, arrays)` of consecutive batches, in order."""
         for start in range(0, self.n, batch_size):
             yield start, *(self.backend.asarray(a[start : start + batch_size]) for a in self.arrays)
+
+
+class _Reading(NamedTuple):
+    """What an epoch or an evaluation has measured, still on the device."""
+
+    losses: Array
+    mean: Callable[[np.ndarray], Any]  # of the losses, on the host
+    totals: list[tuple[Metric, Array]]
+    n: int
+
+
+def _batch_size(who: str, n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"{who}: expected batch_size as an integer of at least 1, got {n!r}")
+    return int(n)
 
 
 def _to_host(a: Any) -> np.ndarray:

@@ -335,7 +335,7 @@ def cross_entropy(
             ignored = wanted == ignore_index
             d = 0.0 if ignored else c[wanted]
             y = [float(j == wanted) for j in range(n_classes)]
-        kept.append((y, 0.0 if ignored else v))
+        kept.append((y, 0.0 if ignored or d == 0 else v))
         denominator += 0.0 if ignored else v * d
     if normalizer is not None:
         denominator = normalizer

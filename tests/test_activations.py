@@ -61,6 +61,43 @@ def test_far_out_it_is_finite_and_right(name: str, backend: Backend, dtype: Any)
         assert_close(actual, wanted, depth=2, dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["GELU, tanh", "SiLU", "Mish"])
+def test_at_the_ends_of_the_numbers(name: str, backend: Backend, dtype: Any) -> None:
+    """Far below 0 there is nothing left, not even at -inf, where a product would give NaN."""
+    largest = float(np.finfo(dtype).max)
+    low, high = np.array([-1e20, -largest, -np.inf], dtype), np.array([1e20, largest], dtype)
+    for array in both_ways(LAYERS[name][0](), backend, low, np.ones_like(low)):
+        np.testing.assert_allclose(array, np.zeros(3), rtol=0, atol=1e-34)
+    y, dx = both_ways(LAYERS[name][0](), backend, high, np.ones_like(high))
+    assert_same_bits(y, high)
+    assert_same_bits(dx, np.ones_like(high))
+
+
+def test_gelu_by_tanh_keeps_its_digits_in_the_left_tail(backend: Backend, dtype: Any) -> None:
+    value, derivative = layer_oracles.gelu_tanh()
+    x = np.linspace(-9, 9, 4001).astype(dtype)
+    y, dx = both_ways(nnx.GELU("tanh"), backend, x, np.ones_like(x))
+    rtol = {"float32": 2e-5, "float64": 1e-13}[dtype.name]
+    np.testing.assert_allclose(y, [value(a) for a in x.tolist()], rtol=rtol, atol=0)
+    steep = abs(x + 0.7525) > 0.1  # the derivative is 0 at -0.7525
+    expected = np.array([derivative(a) for a in x.tolist()])
+    np.testing.assert_allclose(dx[steep], expected[steep], rtol=rtol, atol=0)
+    assert_close(dx, expected, dtype=dtype)
+
+
+def test_derivatives_from_y_lose_their_digits_where_y_saturates(backend: Backend) -> None:
+    """What `Formula.saves` says of sigmoid and tanh, in float32."""
+    for layer, derivative, good, gone in (
+        (nnx.Sigmoid(), LAYERS["Sigmoid"][1][1], 7.0, 17.0),
+        (nnx.Tanh(), LAYERS["Tanh"][1][1], 4.0, 9.0),
+    ):
+        x = np.linspace(0, gone, 4001).astype(np.float32)
+        _, dx = both_ways(layer, backend, x, np.ones_like(x))
+        error = abs(dx / np.array([derivative(a) for a in x.tolist()]) - 1)
+        assert 2e-5 < error[x <= good].max() < 3e-4
+        assert error[x > good].max() > 0.5
+
+
 @pytest.mark.parametrize("name", ["ELU", "SELU", "SiLU", "Softplus", "Mish", "Sigmoid"])
 def test_small_values_keep_their_digits(name: str, backend: Backend, dtype: Any) -> None:
     """Where y is the size of exp(x), its error is relative to that; so for the derivative."""

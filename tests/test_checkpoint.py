@@ -1,5 +1,6 @@
 """Models in files: every bit comes back, nothing is run, and a bad file gets one clear error."""
 
+import copy
 import json
 import os
 import pickle
@@ -98,6 +99,100 @@ def test_a_trained_model_goes_on_training(tmp_path: Path, rng: np.random.Generat
         assert_same_bits(again.state()[name], array)
 
 
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+each_copy = pytest.mark.parametrize("how", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+
+
+def states_agree(one: Layer, other: Layer) -> None:
+    """Every array is equal to the bit, on the same backend."""
+    assert list(one.state()) == list(other.state())
+    for name, array in one.state().items():
+        twin, backend = other.state()[name], backend_of(array)
+        assert backend_of(twin) is backend
+        assert_same_bits(backend.to_numpy(twin), backend.to_numpy(array))
+
+
+@each_copy
+@pytest.mark.parametrize("models", [None, 3])
+def test_a_trained_model_can_be_copied_and_both_go_on(
+    backend: Backend, dtype: Any, models: int | None, how: Any, rng: np.random.Generator
+) -> None:
+    def trainer(model: Layer) -> nnx.Trainer:
+        loss = nnx.MeanSquaredError(n_models=models)
+        return nnx.Trainer(model, loss, nnx.SGD(0.5, momentum=0.5), backend=backend)
+
+    shape, out = ((7, 2, 3), (7, 3)) if models is None else ((models, 7, 2, 3), (models, 7, 3))
+    x, t = (backend.asarray(rng.standard_normal(s).astype(dtype)) for s in (shape, out))
+    model = random_biases(everything(dtype, models).to(backend), rng)
+    first = trainer(model)
+    start = {name: backend.to_numpy(a).copy() for name, a in model.state().items()}
+    first.train_step(x, t)
+    twin = how(model)
+    assert repr(twin) == repr(model)
+    states_agree(model, twin)
+    assert_same_bits(backend.to_numpy(twin(x)), backend.to_numpy(model(x)))
+    kept = {name: backend.to_numpy(a).copy() for name, a in model.state().items()}
+    assert not np.array_equal(kept["5.running_mean"], start["5.running_mean"])
+    second = trainer(twin)
+    assert second.vector is not first.vector
+    for _, p in twin.parameters():
+        assert p.vector is second.vector
+    second.vector.value[...] += 1
+    assert all((backend.to_numpy(p.value) != kept[n]).all() for n, p in twin.parameters())
+    second.vector.value[...] -= 1
+    twin.load_state(kept)
+    second.train_step(x, t)
+    moved = {name: backend.to_numpy(a).copy() for name, a in twin.state().items()}
+    assert not np.array_equal(moved["5.running_mean"], kept["5.running_mean"])
+    assert not np.array_equal(moved["1.weight"], kept["1.weight"])
+    for name, array in model.state().items():  # the original hasn't moved
+        assert_same_bits(backend.to_numpy(array), kept[name])
+    first.train_step(x, t)
+    assert not np.array_equal(backend.to_numpy(model.state()["1.weight"]), kept["1.weight"])
+    for name, array in twin.state().items():  # nor has the copy
+        assert_same_bits(backend.to_numpy(array), moved[name])
+
+
+@each_copy
+def test_what_is_shared_is_shared_in_the_copy(
+    backend: Backend, how: Any, rng: np.random.Generator
+) -> None:
+    shared = Linear(3, 3, rng=rng)
+    tied = Linear(3, 3, rng=rng)
+    tied.weight = shared.weight
+    model = Sequential(shared, ReLU(), Sequential(shared, ReLU()), tied)
+    x, t = (rng.standard_normal((5, 3)).astype(np.float32) for _ in range(2))
+
+    def train(model: Layer) -> None:
+        nnx.Trainer(model, nnx.MeanSquaredError(), nnx.SGD(0.1), backend=backend).fit(x, t)
+
+    train(model)
+    twin = how(model)
+    assert twin[0] is twin[2][0]
+    assert twin[3].weight is twin[0].weight is not shared.weight
+    assert [n for n, _ in twin.parameters()] == ["0.weight", "0.bias", "3.bias"]
+    states_agree(model, twin)
+    for one in (twin, model):  # the operations joined inside the copy use the copy's arrays
+        train(one)
+    states_agree(model, twin)
+
+
+def test_widths_may_be_integers_of_numpy(tmp_path: Path) -> None:
+    sizes = np.array([4, 3, 2])
+    save(
+        Linear(sizes[0], sizes[1], rng=np.random.default_rng(0), n_models=sizes[2]), tmp_path / "m"
+    )
+    assert load(tmp_path / "m").config()["n_in"] == 4
+    copies = Linear(sizes[0], sizes[1], rng=np.random.default_rng(0)).replicate(sizes[2])
+    save(copies, tmp_path / "m")
+    assert load(tmp_path / "m").n_models == 2
+    with pytest.raises(TypeError, match="float"):
+        Linear(4.5, 3, rng=np.random.default_rng(0))  # type: ignore[arg-type]
+
+
 def test_a_layer_used_twice_comes_back_as_one(tmp_path: Path, rng: np.random.Generator) -> None:
     shared = Linear(3, 3, rng=rng)
     inner = Sequential(shared, Tanh())
@@ -142,9 +237,12 @@ def test_where_the_model_goes_is_for_the_reader_to_say(
     save(mlp([4, 3]).to(backend), tmp_path / "m")
     weight = next(iter(load(tmp_path / "m").state().values()))
     assert backend_of(weight) is get_backend("numpy")
-    monkeypatch.setenv("NNX_BACKEND", backend.name)
-    weight = next(iter(load(tmp_path / "m").state().values()))
+    weight = next(iter(load(tmp_path / "m", backend=backend.name).state().values()))
     assert backend_of(weight) is backend
+    for flag in (backend.name, "nonsense"):  # it is for what trains
+        monkeypatch.setenv("NNX_BACKEND", flag)
+        weight = next(iter(load(tmp_path / "m").state().values()))
+        assert backend_of(weight) is get_backend("numpy")
 
 
 # ---- writing ---------------------------------------------------------------------------------

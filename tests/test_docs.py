@@ -5,6 +5,7 @@ and in order; one that starts with `py` is only shown, for what needs a GPU or t
 """
 
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -23,6 +24,8 @@ BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Public, and no function to derive: base classes and what a step is made of.
 WITHOUT_DERIVATION = {"Layer", "Loss", "Step"}
+# Public, and no module to import: its page is guide/command-line.md.
+WITHOUT_REFERENCE = {"cli"}
 # Pages that may do without code that runs.
 WITHOUT_CODE = re.compile(r"api/|changelog|index\.md|guide/(install|command-line)\.md|gpu\.md")
 
@@ -126,6 +129,8 @@ def test_every_public_module_has_a_page_of_reference() -> None:
         value = getattr(nnx, name)
         home = getattr(value, "__module__", None) or value.__name__
         assert any(home == m or home.startswith(f"{m}.") for m in modules), name
+    public = {m.name for m in pkgutil.iter_modules(nnx.__path__) if m.name[0] != "_"}
+    assert {f"nnx.{name}" for name in public - WITHOUT_REFERENCE} <= modules
 
 
 def test_equations_are_closed_on_every_page() -> None:

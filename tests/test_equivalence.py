@@ -401,6 +401,34 @@ def test_errors_are_the_same() -> None:
     fails(lambda b: [mse(on(b, 4, 3), on(b, 4))[0]], ValueError, "(4, 3), got (4,)")
     fails(lambda b: [mse(on(b, 4, 3), on(b, 4, 3, dtype=f8))[0]], TypeError, "got float64")
 
+    chain = nnx.Sequential(nnx.Linear(7, 3, rng=np.random.default_rng(0)), nnx.ReLU())
+    three = nnx.Linear(7, 3, rng=np.random.default_rng(0), n_models=2)
+
+    def back(layer: nnx.Layer, *dy: int, dtype: Any = f4, x: tuple[int, ...] = (4, 7)) -> Body:
+        def body(b: Backend) -> list[Array]:
+            _, saved = layer.to(b).forward(on(b, *x))
+            return [layer.backward(on(b, *dy, dtype=dtype), saved)]
+
+        return body
+
+    for layer in (linear, chain):
+        want = "Linear: expected a float32 gradient of shape (4, 3), got "
+        fails(back(layer, 4, 3, dtype=f8), TypeError, want + "float64 (4, 3)")
+        fails(back(layer, 5, 3), ValueError, want + "float32 (5, 3)")
+        fails(back(layer, 0, 3), ValueError, want + "float32 (0, 3)")
+        fails(back(layer, 3, 4), ValueError, want + "float32 (3, 4)")
+        want = "Linear: expected a float32 gradient of shape (4, 3) in all, got "
+        fails(back(layer, 3), ValueError, want + "float32 (3,)")
+        fails(back(layer, 2, 2, 3, dtype=f8, x=(2, 2, 7)), TypeError, want + "float64 (2, 2, 3)")
+        fails(back(layer, 2, 3, 3, x=(2, 2, 7)), ValueError, want + "float32 (2, 3, 3)")
+        assert not any(p.grad.any() for _, p in layer.to("numpy").parameters())
+        assert all(p.fresh for _, p in layer.parameters())
+    want = "Linear: expected a float32 gradient of shape (2, 4, 3), got "
+    for shape in ((4, 7), (2, 4, 7)):
+        fails(back(three, 2, 4, 3, dtype=f8, x=shape), TypeError, want + "float64 (2, 4, 3)")
+        fails(back(three, 4, 3, x=shape), ValueError, want + "float32 (4, 3)")
+        fails(back(three, 2, 5, 3, x=shape), ValueError, want + "float32 (2, 5, 3)")
+
     def weighted(backend: Backend) -> list[Array]:
         x, t, weight = on(backend, 4, 3), on(backend, 4, dtype=labels), on(backend, 3)
         return [nll(x, t, weight)[0]]
@@ -425,6 +453,11 @@ def test_mixed_backends_are_a_type_error() -> None:
     layer.to(cuda)
     with pytest.raises(TypeError, match="got numpy and cupy"):
         layer(x)
+    for model in (layer, nnx.Sequential(layer, nnx.ReLU())):
+        y, saved = model.forward(cuda.asarray(x))
+        with pytest.raises(TypeError, match="got numpy and cupy"):
+            model.backward(cuda.to_numpy(y), saved)
+        assert all(p.fresh for _, p in layer.parameters())
     with pytest.raises(TypeError, match="one backend"):
         nnx.SoftmaxNLL()(cuda.asarray(x), np.zeros(4, np.int64))
     layer.to(host)

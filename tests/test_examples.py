@@ -125,6 +125,8 @@ def check_overfit_small(out: str) -> None:
     first, last, fast = numbers("lr  1.0: loss # -> #, training accuracy #", out)
     assert last < 0.05 < 2 < first
     assert fast == 1
+    written = re.findall(r"^wrote .*?(\w+\.png)$", out, re.MULTILINE)
+    assert written == ["overfit_small.png", "overfit_small_curves.png"]
 
 
 def check_loss_comparison(out: str) -> None:

@@ -233,6 +233,51 @@ def test_a_trainer_may_be_dropped_while_its_work_is_pending() -> None:
     assert len({float(loss) for loss in losses}) == 1
 
 
+def test_an_epoch_waits_once_whatever_is_measured() -> None:
+    """One wait more per epoch, with one metric or many, with validation or without."""
+    if _simulator() is None:
+        pytest.skip("waits are counted by the simulated device only")
+    cuda = get_backend("cupy")
+    x, t = (cuda.to_numpy(a) for a in batch(64))
+    many = [nnx.Accuracy(), nnx.metrics.TopKAccuracy(2), nnx.metrics.LogLoss()]
+    for metrics in ([], many):
+        for validation in (None, (x, t)):
+            trainer = small_trainer()
+            trainer.fit(x, t, validation=validation, metrics=metrics)
+            waits = []
+            for epochs in (1, 4):
+                with counted() as counts:
+                    trainer.fit(x, t, epochs=epochs, validation=validation, metrics=metrics)
+                waits.append(counts.waits)
+            assert waits[1] - waits[0] == 3
+
+
+def test_data_sent_batch_by_batch_do_not_make_the_host_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = get_backend("cupy")
+    monkeypatch.setattr(type(cuda), "fits", lambda self, nbytes: False)
+    x, t = (cuda.to_numpy(a) for a in batch(96))
+    seen: list[Counts] = []
+
+    class Watch(nnx.Callback):
+        open: Any = None
+        counts: Counts
+
+        def on_step_end(self, trainer: nnx.Trainer) -> None:
+            if self.open is not None:
+                self.open.__exit__(None, None, None)
+                seen.append(self.counts)
+            self.open = counted() if len(seen) < 2 else None
+            if self.open is not None:
+                self.counts = self.open.__enter__()
+
+    small_trainer().fit(x, t, batch_size=32, callbacks=[Watch()])
+    assert len(seen) == 2
+    for counts in seen:
+        assert counts.waits == 0
+
+
 # ---- the same on both backends -----------------------------------------------------------------
 
 

@@ -967,6 +967,65 @@ def test_replicate_copies_weights_and_keeps_a_shared_layer_one(rng: np.random.Ge
         copies.replicate(2)
 
 
+class Held(Layer):
+    """Inner layers in a list, which its own `children` names, one after the other."""
+
+    def __init__(self, *parts: Layer) -> None:
+        self.parts = list(parts)
+        self.named = {"first": (parts[0], "a name")}
+
+    def children(self) -> Iterator[tuple[str, Layer]]:
+        for i, part in enumerate(self.parts):
+            yield f"part{i}", part
+
+    def forward(self, x: Any, *, step: Step | None = None) -> tuple[Any, Any]:
+        saved = []
+        for part in self.parts:
+            x, s = part.forward(x, step=step)
+            saved.append(s)
+        return x, saved
+
+    def backward(self, dy: Any, saved: Any, *, need_dx: bool = True) -> Any:
+        for part, s in zip(self.parts[::-1], saved[::-1], strict=True):
+            dy = part.backward(dy, s)
+        return dy
+
+
+def test_replicate_keeps_what_is_shared_at_any_depth(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    shared = Linear(3, 3, rng=rng, dtype=np.float64)
+    norm = nnx.BatchNorm(3, dtype=np.float64)
+    twin = nnx.BatchNorm(3, dtype=np.float64)
+    twin.running_mean = norm.running_mean
+    tied = Linear(3, 3, rng=rng, dtype=np.float64)
+    tied.weight = shared.weight
+    inner = Sequential(shared, ReLU())
+    model = Sequential(
+        shared,
+        inner,
+        Held(shared, tied, inner, norm),
+        twin,
+        Linear(3, 2, rng=rng, dtype=np.float64),
+    ).to(backend)
+    norm.running_mean = twin.running_mean  # `to` made two of it
+    copies = model.replicate(2)
+    assert copies[0] is copies[1][0] is copies[2].parts[0]  # type: ignore[index, attr-defined]
+    assert copies[1] is copies[2].parts[2]  # type: ignore[attr-defined]
+    assert copies[2].named == {"first": (copies[0], "a name")}  # type: ignore[attr-defined]
+    assert copies[2].parts[1].weight is copies[0].weight  # type: ignore[attr-defined]
+    assert copies[2].parts[3].running_mean is copies[3].running_mean  # type: ignore[attr-defined]
+    assert copies.state().keys() == model.state().keys()
+    assert copies.n_parameters == 2 * model.n_parameters
+    assert not {id(layer) for layer in model.layers()} & {id(layer) for layer in copies.layers()}
+    for name, array in copies.state().items():
+        for k in range(2):
+            assert_same_bits(backend.to_numpy(array)[k], backend.to_numpy(model.state()[name]))
+    x = backend.asarray(rng.standard_normal((5, 3)))
+    for y in backend.to_numpy(copies(x)):
+        assert_close(y, backend.to_numpy(model(x)))
+
+
 @pytest.mark.parametrize(
     "optimizer", [lambda: SGD(0.1, momentum=0.9), lambda: Adam(0.01)], ids=["sgd", "adam"]
 )
@@ -1053,6 +1112,53 @@ def test_layers_may_be_nested_and_named_by_attribute(rng: np.random.Generator) -
         "0.right.0.bias",
     ]
     check_gradients(model, rng.standard_normal((5, 3)))
+
+
+class Two(Layer):
+    """A linear layer, and something it forgot to enumerate."""
+
+    def __init__(self, extra: Any) -> None:
+        self.linear = Linear(2, 2, initializer=zeros)
+        self.extra = extra
+
+    def forward(self, x: Any, *, step: Step | None = None) -> tuple[Any, Any]:
+        return self.linear.forward(x)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda a: [a], lambda a: (1, a), lambda a: {"a": a}, lambda a: [[a]]]
+)
+@pytest.mark.parametrize("what", ["Parameter", "Layer"])
+def test_what_would_be_neither_trained_nor_saved_is_an_error(make: Any, what: str) -> None:
+    hidden: Any = nnx.Parameter(np.ones(3)) if what == "Parameter" else Tanh()
+    layer = Two(make(hidden))
+    kind = type(layer.extra).__name__
+    message = rf"^Two: attribute 'extra' holds a {what} inside a {kind}; keep it in an attribute of"
+    for use in (
+        lambda: list(layer.parameters()),
+        layer.state,
+        lambda: layer.to("numpy"),
+        lambda: Sequential(Sequential(layer)),
+        lambda: Trainer(layer, nnx.MeanSquaredError(), SGD(0.1)),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use()
+
+
+def test_a_list_of_what_is_enumerated_anyway_is_no_error() -> None:
+    layer = Two([1, "text", np.ones(3), None])
+    layer.extra += [layer.linear, layer.linear.weight, layer.extra]
+    names = ["linear.weight", "linear.bias"]
+    assert [name for name, _ in layer.parameters()] == names
+
+    class Chooses(Two):
+        def children(self) -> Iterator[tuple[str, Layer]]:
+            yield "linear", self.linear
+
+    chooses = Chooses([Linear(2, 2, initializer=zeros)])  # on purpose: it isn't to be trained
+    assert [name for name, _ in chooses.parameters()] == names
+    with pytest.raises(TypeError, match="holds a Parameter inside a list"):
+        list(Chooses([nnx.Parameter(np.ones(3))]).parameters())
 
 
 def test_summary_lists_the_innermost_layers() -> None:

@@ -1037,3 +1037,26 @@ def test_losses_describe_themselves() -> None:
     assert repr(Huber()) == "Huber()"
     for loss in (SoftmaxNLL([1, 2], 0.1, -1, 3), Huber(2.0), BCEWithLogits([1, 2]), NLL(2)):
         assert repr(type(loss)(**loss.config())) == repr(loss)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_class_of_weight_zero_counts_for_nothing_whatever_the_batch(
+    soft: bool, smoothing: float, backend: Backend, rng: np.random.Generator
+) -> None:
+    """Otherwise a batch of that class alone would have terms, but no denominator."""
+    x, t = rng.standard_normal((8, 5)), np.array([0, 0, 0, 1, 2, 0, 1, 2])
+    target = np.eye(3)[t] if soft else t
+    loss = SoftmaxNLL([0, 1, 2], smoothing)
+    model = mlp([5, 3], dtype="float64")
+    trainer = Trainer(model, loss, SGD(), backend=backend)
+    values = [trainer.evaluate(x, target, batch_size=n)["loss"] for n in (1, 2, 3, 8)]
+    np.testing.assert_allclose(values, values[0], rtol=1e-12)
+    counted = t != 0
+    alone = trainer.evaluate(x[counted], target[counted])["loss"]
+    np.testing.assert_allclose(values[0], alone, rtol=1e-12)
+    logits = backend.asarray(rng.standard_normal((8, 3)))
+    _, gradient = loss(logits, backend.asarray(target))
+    assert gradient is not None
+    assert (backend.to_numpy(gradient)[~counted] == 0).all()
+    assert (backend.to_numpy(gradient)[counted] != 0).any()

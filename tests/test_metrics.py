@@ -453,3 +453,32 @@ def test_the_trainer_gathers_them_all(backend: Backend, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("n_models", [None, 3])
+def test_accuracy_leaves_out_ignored_labels(n_models: int | None, backend: Backend) -> None:
+    """4 of 7 labels count, of which 3 are right; alone, nothing counts and the accuracy is 0."""
+    scores = np.eye(3)[[0, 1, 2, 0, 1, 2, 0]]
+    labels = np.array([0, 1, -100, -100, 1, 0, -100])
+    if n_models:
+        scores = np.repeat(scores[None], n_models, axis=0)
+    metric = nnx.Accuracy(ignore_index=-100)
+    for kept, expected in ((np.s_[:], 3 / 4), (np.s_[2:4], 0.0)):
+        total = metric.start(backend, n_models)
+        cut = scores[:, kept] if n_models else scores[kept]
+        metric.update(total, backend.asarray(cut), backend.asarray(labels[kept]))
+        result = metric.result(backend.to_numpy(total), len(labels))
+        np.testing.assert_array_equal(result, np.full(n_models or (), expected))
+
+
+def test_the_default_accuracy_ignores_what_the_loss_ignores(backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    t = np.arange(60) % 3
+    x = 4 * np.eye(3)[t] + rng.standard_normal((60, 3))
+    t[::2] = -1
+    trainer = nnx.Trainer(
+        nnx.mlp([3, 3]), nnx.SoftmaxNLL(ignore_index=-1), nnx.Adam(0.1), backend=backend
+    )
+    history = trainer.fit(x, t, epochs=20, batch_size=7, validation=(x, t))
+    assert history["accuracy"][-1] > 0.9
+    assert history["validation_accuracy"][-1] > 0.9

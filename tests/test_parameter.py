@@ -1,5 +1,7 @@
 """Parameters and the flat vector: where every element lies, and that views stay views."""
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -195,6 +197,48 @@ def test_a_parameter_belongs_to_one_vector() -> None:
     ParameterVector([p])
     with pytest.raises(ValueError, match=r"Parameter\(2, 3\) already belongs"):
         ParameterVector([p])
+
+
+@pytest.mark.parametrize("name", ["lr_scale", "decay_scale"])
+def test_scales_are_fixed_once_a_vector_holds_the_parameter(backend: Backend, name: str) -> None:
+    p = Parameter(backend.asarray(np.ones(3)))
+    setattr(p, name, 0.5)
+    vector = ParameterVector([p])
+    with pytest.raises(ValueError, match=f"Parameter: {name} is fixed .*set it before"):
+        setattr(p, name, 0.0)
+    assert getattr(p, name) == 0.5
+    expected = (0.5, 1) if name == "lr_scale" else (1, 0.5)
+    assert vector.groups.runs == ((0, 64, *expected),)
+
+
+@pytest.mark.parametrize("models", [None, 3])
+@pytest.mark.parametrize(
+    "how", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=range(3)
+)
+def test_a_copy_has_a_value_of_its_own_and_no_vector(
+    backend: Backend, dtype: Any, how: Any, models: int | None
+) -> None:
+    parameters = make(backend, dtype, models)
+    p = parameters[0]
+    p.lr_scale, p.decay_scale = 0.5, 0.25
+    vector = ParameterVector(parameters, models)
+    vector.grad.fill(7)
+    p.accumulate()
+    twin = how(p)
+    assert twin.vector is None
+    assert (twin.lr_scale, twin.decay_scale, twin.fresh) == (0.5, 0.25, True)
+    assert backend_of(twin.value, twin.grad) is backend
+    assert_same_bits(backend.to_numpy(twin.value), backend.to_numpy(p.value))
+    assert_same_bits(backend.to_numpy(twin.grad), np.zeros(p.value.shape, dtype))
+    twin.value.fill(-1)
+    assert (backend.to_numpy(p.value) > 0).all()
+    assert ParameterVector([twin], models).size == 15
+
+
+def test_elements_lie_in_row_major_order(backend: Backend) -> None:
+    p = Parameter(backend.asarray(np.arange(6.0).reshape(3, 2)).T)
+    vector = ParameterVector([p])
+    assert backend.to_numpy(vector.value)[0, :6].tolist() == [0, 2, 4, 1, 3, 5]
 
 
 @pytest.mark.parametrize("shape", [(2, 3), ()])

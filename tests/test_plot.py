@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nnx
 from nnx import History
 from nnx.backends import Backend
 from nnx.plot import (
@@ -91,6 +92,38 @@ def test_models_side_by_side_are_a_line_each_and_one_entry_in_the_legend() -> No
     (axes,) = learning_curves({"loss": losses}).axes
     np.testing.assert_array_equal([line.get_ydata() for line in axes.get_lines()], [[3, 1], [4, 2]])
     assert legend(axes) == ["training"]
+
+
+def trained(n_models: int | None = None) -> nnx.Trainer:
+    """A trainer of one small network or of several side by side, and nothing done yet."""
+    model = nnx.Sequential(
+        nnx.Linear(2, 2, n_models=n_models, rng=np.random.default_rng(0)), nnx.Tanh()
+    )
+    return nnx.Trainer(model, nnx.SoftmaxNLL(n_models=n_models), nnx.SGD(lr=0.1), seed=0)
+
+
+def test_a_metric_that_is_a_matrix_has_no_panel() -> None:
+    x, t = np.array([[0, 1], [1, 0], [1, 1], [0, 0]], np.float32), np.array([0, 1, 1, 0])
+    trainer = trained()
+    trainer.fit(x, t, epochs=2, metrics=[nnx.ConfusionMatrix(2), nnx.Accuracy()], validation=(x, t))
+    assert np.shape(trainer.history["confusion_matrix"]) == (2, 2, 2)
+    figure = learning_curves(trainer.history)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Loss", "Accuracy"]
+    assert figure.get_figwidth() == 8
+
+
+def test_a_validation_that_began_later_is_drawn_from_there(tmp_path: Path) -> None:
+    x, t = np.array([[0, 1], [1, 0], [1, 1], [0, 0]], np.float32), np.array([0, 1, 1, 0])
+    trainer = trained(n_models=3)
+    trainer.fit(x, t, epochs=40, metrics=[nnx.Accuracy()])
+    trainer.fit(x, t, epochs=2, metrics=[nnx.Accuracy()], validation=(x, t))
+    axes = learning_curves(trainer.history, tmp_path / "curves.png").axes[0]
+    shown = np.array([line.get_ydata() for line in axes.get_lines()])
+    assert shown.shape == (6, 42)  # 3 of the training, 3 of the validation
+    np.testing.assert_array_equal(shown[:3].T, trainer.history["loss"])
+    assert np.isnan(shown[3:, :40]).all()
+    np.testing.assert_array_equal(shown[3:, 40:].T, trainer.history["validation_loss"][40:])
+    assert legend(axes) == ["training", "validation"]
 
 
 def test_the_file_is_800_pixels_wide(history: History, tmp_path: Path) -> None:

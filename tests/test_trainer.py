@@ -664,8 +664,8 @@ X, T = np.ones((6, 4)), np.array([0, 1, 2, 0, 1, 2])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"epochs": -1}, ValueError, "got -1 and 32"),
-        ({"batch_size": 0}, ValueError, "got 1 and 0"),
+        ({"epochs": -1}, ValueError, "at least 0, got -1"),
+        ({"batch_size": 0}, ValueError, "at least 1, got 0"),
         ({"t": np.array([0, 1, 2, 3, 1, 2])}, ValueError, r"labels in 0\.\.2, got 3 at index 3"),
         ({"t": np.array([0, -1, 2, 0, 1, 2])}, ValueError, "got -1 at index 1"),
         ({"t": T[:5]}, ValueError, r"expected 6 labels .*\(5,\)"),
@@ -813,3 +813,88 @@ def test_gradients_left_behind_do_not_count_in_the_next_step(backend: Backend) -
             trainer.train_step(x, t)
     values = [backend.to_numpy(trainer.vector.value) for trainer in trainers]
     assert_same_bits(values[1], values[0])
+
+
+@pytest.mark.parametrize("size", [0, -1, 32.0, True, "32"])
+def test_a_batch_size_is_a_positive_integer(size: Any) -> None:
+    x, t = blobs(np.random.default_rng(0), 30)
+    trainer = classifier()
+    for call in (trainer.fit, trainer.evaluate):
+        with pytest.raises(ValueError, match="batch_size as an integer of at least 1"):
+            call(x, t, batch_size=size)
+    with pytest.raises(ValueError, match="predict: expected batch_size"):
+        trainer.predict(x, batch_size=size)
+
+
+def test_features_that_float32_cannot_hold_are_refused() -> None:
+    x, t = blobs(np.random.default_rng(0), 30, np.float64)
+    x[3, 2] = 1e300
+    for call in (lambda: classifier().fit(x, t), lambda: classifier().predict(x)):
+        with pytest.raises(ValueError, match=r"in float32.*row 3, column 2"):
+            call()
+    assert np.isfinite(classifier(dtype=np.float64).evaluate(x, t)["accuracy"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("home", "away"), [("numpy", "cupy"), ("cupy", "numpy")])
+def test_a_callback_may_move_the_model(home: str, away: str) -> None:
+    x, t = blobs(np.random.default_rng(0), 30, np.float64)
+
+    class Move(nnx.Callback):
+        def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            trainer.model.to(away if trainer.epoch % 2 else home)
+
+    runs = []
+    for callbacks in ([], [Move()]):
+        trainer = classifier(home, dtype=np.float64)
+        runs.append(trainer.fit(x, t, epochs=4, validation=(x, t), callbacks=callbacks))
+    for name, values in runs[0].items():
+        np.testing.assert_allclose(runs[1][name], values, rtol=1e-9)
+
+
+def test_a_new_learning_rate_holds_from_the_next_step_on(backend: Backend) -> None:
+    x, t = (backend.asarray(a) for a in blobs(np.random.default_rng(0), 30))
+    trainer = classifier(backend, optimizer=nnx.SGD(0.1))
+    trainer.train_step(x, t)
+    before = weights(trainer)
+    trainer.optimizer.lr = 0.0
+    trainer.train_step(x, t)
+    for name, value in weights(trainer).items():
+        assert_same_bits(value, before[name])
+    trainer.optimizer.lr = 0.1
+    trainer.train_step(x, t)
+    assert any((weights(trainer)[name] != before[name]).any() for name in before)
+    with pytest.raises(ValueError, match="lr"):
+        trainer.optimizer.lr = -1.0
+
+
+def test_a_schedule_that_ends_or_errs_says_so_at_its_own_step(backend: Backend) -> None:
+    x, t = (backend.asarray(a) for a in blobs(np.random.default_rng(0), 30))
+    table = [0.1, 0.1, 0.1]
+    trainer = classifier(backend, optimizer=nnx.SGD(lambda step: table[step]))
+    for _ in table:
+        trainer.train_step(x, t)
+    with pytest.raises(IndexError):
+        trainer.train_step(x, t)
+    for bad in (np.nan, -0.1, np.inf):
+        rates = [0.1, 0.1, bad]
+        trainer = classifier(backend, optimizer=nnx.SGD(rates.__getitem__))
+        trainer.train_step(x, t)
+        trainer.train_step(x, t)
+        with pytest.raises(ValueError, match=r"learning rate of at least 0, got .* for step 2"):
+            trainer.train_step(x, t)
+
+
+@pytest.mark.parametrize("make", [lambda: nnx.SGD(0.1, momentum=0.9), lambda: Adam(0.1)])
+def test_loading_the_state_of_a_new_optimizer_starts_anew(make: Any, backend: Backend) -> None:
+    x, t = (backend.asarray(a) for a in blobs(np.random.default_rng(0), 30))
+    trainer = classifier(backend, optimizer=make(), dropout=0)
+    start, new = weights(trainer), trainer.optimizer.state()
+    curves = []
+    for _ in range(2):
+        curves.append([float(trainer.train_step(x, t)) for _ in range(3)])
+        trainer.model.load_state({name: backend.asarray(a) for name, a in start.items()})
+        trainer.optimizer.load_state(new)
+    assert curves[0] == curves[1]
+    with pytest.raises(ValueError, match="'step'"):
+        trainer.optimizer.load_state({})

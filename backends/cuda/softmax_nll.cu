@@ -90,7 +90,8 @@ __device__ void softmax_nll(T* loss, T* gradient, T* row_loss, u32* ticket, cons
         bool valid = target.soft || target.valid(label);
         T below = denominator ? denominator[n_denominators == 1 ? 0 : model] : T(count);
         T factor = target.sample(r);
-        factor = below == T(0) ? T(0) : factor / below;
+        T of_class = target.of_class(r);
+        factor = below == T(0) || (valid && of_class == T(0)) ? T(0) : factor / below;
         if (!valid && factor != T(0)) not_a_number(factor);
 
         auto term = [&](i64 j) {
@@ -109,7 +110,7 @@ __device__ void softmax_nll(T* loss, T* gradient, T* row_loss, u32* ticket, cons
             mass = warp_sum(mass);
             picked = warp_sum(picked);
         } else {
-            factor *= target.of_class(r);
+            factor *= of_class;
             if (valid) picked = z[label] - top;
         }
         if (lane == 0) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -52,7 +53,8 @@ class Layer:
     """A differentiable function of one array, with parameters or without.
 
     A subclass writes `forward` and `backward`, keeps its `Parameter`s and inner layers in
-    attributes, and returns its constructor's arguments from `config`. What backward needs travels
+    attributes (inner layers elsewhere if it overrides `children`), and returns its constructor's
+    arguments from `config`. What backward needs travels
     in `saved`, never in `self`, so a layer may be used twice, or by two threads. Arrays that belong
     to the layer but aren't trained, such as running statistics, are buffers: attributes whose names
     stand in `buffer_names`. They are saved, moved and replicated with the layer.
@@ -119,12 +121,37 @@ class Layer:
                 pending[:0] = [child for _, child in layer.children()]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """The parameters by name ("weight", nested "0.weight"), shared ones once."""
-        seen: set[Parameter] = set()
+        """The parameters by name ("weight", nested "0.weight"), shared ones once.
+
+        Raises:
+            TypeError: A list, tuple, set or dict attribute holds a parameter or an inner layer that
+                would be neither trained nor saved.
+        """
+        found: dict[Parameter, str] = {}
         for name, p in self._named_parameters():
-            if p not in seen:
-                seen.add(p)
-                yield name, p
+            found.setdefault(p, name)
+        self._check_nothing_hidden(found)
+        for p, name in found.items():
+            yield name, p
+
+    def _check_nothing_hidden(self, parameters: dict[Parameter, str]) -> None:
+        layers = dict.fromkeys(self.layers())
+        for layer in layers:
+            chosen = type(layer).children is not Layer.children  # it says which are its layers
+            for name, value in vars(layer).items():
+                if not isinstance(value, _CONTAINERS):
+                    continue
+                for item in _contents(value):
+                    if isinstance(item, Parameter) and item not in parameters:
+                        what, remedy = "Parameter", ""
+                    elif isinstance(item, Layer) and not chosen and item not in layers:
+                        what, remedy = "Layer", ", or override children()"
+                    else:
+                        continue
+                    raise TypeError(
+                        f"{type(layer).__name__}: attribute {name!r} holds a {what} inside a "
+                        f"{type(value).__name__}; keep it in an attribute of its own{remedy}"
+                    )
 
     def _named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         for name, value in vars(self).items():
@@ -225,20 +252,59 @@ class Layer:
         """A copy with a leading model axis: `n_models` models of the same weights, in one.
 
         Arrays become `(K, N, ...)`, parameters `(K, ...)` and losses `(K,)`; the products run
-        batched. Give the models different weights by `load_state` or `p.value[k] = ...`.
+        batched. Give the models different weights by `load_state` or `p.value[k] = ...`. What is
+        shared, layers, parameters and buffers, is shared in the copy.
         """
+        return self._replicate(operator.index(n_models), {})
+
+    def _replicate(self, n_models: int, made: dict[int, Any]) -> Self:
+        """`replicate` within a larger one; `made` holds what was copied so far, by `id`."""
+        if id(self) in made:
+            known: Self = made[id(self)]
+            return known
         if self.n_models is not None:
             raise ValueError(f"replicate: {self!r} already holds {self.n_models} models")
-        new = copy.copy(self)
-        new.n_models = n_models
+        new = made[id(self)] = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Layer):
-                setattr(new, name, value.replicate(n_models))
-            elif isinstance(value, Parameter):
-                xp = backend_of(value.value).xp
-                stacked = xp.repeat(value.value[None], n_models, axis=0)
-                scales = {"lr_scale": value.lr_scale, "decay_scale": value.decay_scale}
-                setattr(new, name, Parameter(stacked, **scales))
-            elif name in self.buffer_names:
-                setattr(new, name, backend_of(value).xp.repeat(value[None], n_models, axis=0))
+            if name in self.buffer_names:
+                if id(value) not in made:
+                    made[id(value)] = backend_of(value).xp.repeat(value[None], n_models, axis=0)
+                setattr(new, name, made[id(value)])
+            else:
+                setattr(new, name, _replicated(value, n_models, made))
+        new.n_models = n_models
         return new
+
+
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+
+
+def _contents(container: Any) -> Iterator[Any]:
+    """What is inside a container, and inside those in it."""
+    pending, seen = [container], set()
+    while pending:
+        item = pending.pop()
+        if not isinstance(item, _CONTAINERS):
+            yield item
+        elif id(item) not in seen:
+            seen.add(id(item))
+            pending += item.values() if isinstance(item, dict) else item
+
+
+def _replicated(value: Any, n_models: int, made: dict[int, Any]) -> Any:
+    """An attribute's value in the replicated layer, the layers in a list or the like included."""
+    if isinstance(value, Layer):
+        return value._replicate(n_models, made)
+    if isinstance(value, Parameter):
+        if id(value) not in made:
+            stacked = backend_of(value.value).xp.repeat(value.value[None], n_models, axis=0)
+            scales = {"lr_scale": value.lr_scale, "decay_scale": value.decay_scale}
+            made[id(value)] = Parameter(stacked, **scales)
+        return made[id(value)]
+    if not any(isinstance(item, (Layer, Parameter)) for item in _contents(value)):
+        return value
+    if type(value) is dict:
+        return {key: _replicated(item, n_models, made) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_replicated(item, n_models, made) for item in value)
+    return value

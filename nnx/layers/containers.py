@@ -57,12 +57,12 @@ class Sequential(Layer):
         for i, layer in enumerate(self.sequence):
             yield str(i), layer
 
-    def replicate(self, n_models: int) -> Self:  # noqa: D102
-        made: dict[Layer, Layer] = {}  # a layer used twice stays one layer
-        for layer in self.sequence:
-            if layer not in made:
-                made[layer] = layer.replicate(n_models)
-        return type(self)(*(made[layer] for layer in self.sequence))
+    def _replicate(self, n_models: int, made: dict[int, Any]) -> Self:
+        if id(self) not in made:
+            layers = [layer._replicate(n_models, made) for layer in self.sequence]
+            made[id(self)] = type(self)(*layers)
+        known: Self = made[id(self)]
+        return known
 
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:  # noqa: D102
         saved = []

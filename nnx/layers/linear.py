@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
 
-from nnx._checks import check_input
+from nnx._checks import check_gradient, check_input
 from nnx.backends import Array, backend_of
 from nnx.initializers import Initializer, he_normal, ones, zeros
 from nnx.layers.activations import ReLU
@@ -37,8 +38,8 @@ class Linear(Layer):
     Gradient: `dx = dy @ weight.T`, `dweight = x.T @ dy`, `dbias = sum of dy over samples`.
 
     Raises:
-        ValueError: The last axis isn't `n_in`.
-        TypeError: The dtype isn't the weights', or x is on another backend.
+        ValueError: The last axis isn't `n_in`, or dy hasn't the output's number of rows.
+        TypeError: The dtype of x or dy isn't the weights', or one is on another backend.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Linear(Layer):
                     "pass rng=numpy.random.default_rng(seed)"
                 )
             rng = np.random.default_rng(0)
+        n_in, n_out = operator.index(n_in), operator.index(n_out)  # of NumPy's integers, plain ones
+        n_models = None if n_models is None else operator.index(n_models)
         self.n_in, self.n_out, self.n_models = n_in, n_out, n_models
         shape = (n_in, n_out)
         if n_models is None:
@@ -143,10 +146,10 @@ class Linear(Layer):
         return self._unflatten(y, x), flat
 
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:  # noqa: D102
-        dz = dy.reshape(*self.weight.value.shape[:-2], -1, self.n_out)
+        dz = self._rows(dy, saved)
         if self.bias is not None:
-            accumulate = self.bias.accumulate()
-            backend_of(dz).bias_grad(dz, self.bias.grad, accumulate=accumulate)
+            backend = backend_of(dz, saved)
+            backend.bias_grad(dz, self.bias.grad, accumulate=self.bias.accumulate())
         return self._product_backward(dz, saved, dy.shape, need_dx)
 
     def _product(self, x: Array) -> tuple[Array, Array]:
@@ -164,6 +167,13 @@ class Linear(Layer):
         if self.n_models is not None or x.ndim == 2:
             return y
         return y.reshape(*x.shape[:-1], self.n_out)
+
+    def _rows(self, dy: Array, x: Array) -> Array:
+        """The output's gradient, checked, in the form that `_product` gave the output."""
+        weight = self.weight.value
+        shape = (*weight.shape[:-2], x.shape[-2], self.n_out)
+        check_gradient("Linear", dy, shape, weight.dtype)
+        return dy if dy.ndim == len(shape) else dy.reshape(shape)
 
     def _product_backward(
         self, dz: Array, x: Array, shape: tuple[int, ...], need_dx: bool
@@ -204,7 +214,7 @@ class LinearReLU:
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:
         """The pair's backward passes, the bias gradient summed on the way."""
         linear, bias, (x, mask) = self.linear, self.bias, saved
-        shape = dy.shape
-        dy = dy.reshape(*linear.weight.value.shape[:-2], -1, linear.n_out)
-        dz = backend_of(dy).bias_relu_backward(dy, mask, bias.grad, accumulate=bias.accumulate())
-        return linear._product_backward(dz, x, shape, need_dx)
+        rows = linear._rows(dy, x)
+        backend = backend_of(rows, x)
+        dz = backend.bias_relu_backward(rows, mask, bias.grad, accumulate=bias.accumulate())
+        return linear._product_backward(dz, x, dy.shape, need_dx)
