@@ -31,6 +31,7 @@ def check_gradients(
     `<dy, f(p + eps v) - f(p - eps v)> / (2 eps)`: two forward passes for an array of any size.
     Parameters are randomized, biases too, since at zero they sit on the kinks. Dropout repeats its
     mask. For a loss the returned gradient is compared with differences of the returned value.
+    Parameters and buffers come back as they were, gradients as zeros that no step has written.
 
     Args:
         function: A layer with float64 parameters, or none; or a loss.
@@ -38,7 +39,8 @@ def check_gradients(
         target: Target of the loss.
         weight: Sample weights of the loss.
         rng: Draws directions and parameters; by default seeded with 0.
-        backend: Where to compute; by default where the parameters are, else NumPy.
+        backend: Where to compute for a loss or a layer without parameters; by default NumPy,
+            whatever `NNX_BACKEND` says. Parameters are used where they are.
         draws: Number of random directions per array.
         eps: Step of the difference; its error is about eps^2.
         rtol: Tolerated error, relative to the scale of the compared sums.
@@ -51,8 +53,8 @@ def check_gradients(
         TypeError: A parameter isn't float64.
     """
     rng = rng or np.random.default_rng(0)
+    home = resolve("numpy" if backend is None else backend)
     if isinstance(function, Loss):
-        home = resolve(backend)
         x, target = home.asarray(x, np.float64), home.asarray(target)
         weight = None if weight is None else home.asarray(weight, np.float64)
         _, dx = function(x, target, weight)
@@ -72,8 +74,8 @@ def check_gradients(
                 f"check_gradients: expected float64 parameters, got {name} in {p.value.dtype}; "
                 "build the layer with dtype='float64'"
             )
-    here = [backend_of(p.value) for p in parameters.values()]
-    home = here[0] if here else resolve(backend)
+    if parameters:
+        home = backend_of(*(p.value for p in parameters.values()))
     x = home.asarray(x, np.float64)
     before = {name: p.value.copy() for name, p in parameters.items()}
     buffers = [(a, a.copy()) for _, a in function.buffers()]
@@ -107,6 +109,8 @@ def check_gradients(
     finally:
         for name, p in parameters.items():
             p.value[...] = before[name]
+            p.grad.fill(0)
+            p.fresh = True
         for buffer, kept in buffers:
             buffer[...] = kept
     return worst

@@ -6,7 +6,6 @@ arguments. Built-in classes are found by name in `nnx.layers.__all__`; the reade
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ def save(model: Layer, path: str | Path) -> None:
         TypeError: A layer's `config` isn't JSON.
         OSError: The file can't be written.
     """
+    import json
+
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -56,12 +57,15 @@ def load(
     Args:
         path: The file.
         layers: Classes of your own that the model uses.
-        backend: Where to put it; by default `NNX_BACKEND`, else NumPy.
+        backend: Where to put it; by default NumPy, whatever `NNX_BACKEND` says. A `Trainer`
+            that is to train it moves it anyway.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file isn't one of these, is damaged, or names an unknown class.
     """
+    import json
+
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -79,7 +83,7 @@ def load(
         model.load_state(arrays)
     except (SafetensorError, *_DAMAGE) as error:
         raise ValueError(f"load: {path} is not a model file of nnx: {error}") from error
-    return model.to(resolve(backend))
+    return model.to(resolve("numpy" if backend is None else backend))
 
 
 def _describe(layer: Layer, path: str, seen: dict[Layer, str]) -> dict[str, Any]:

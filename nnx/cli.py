@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:  # before there was a command, or while one was ending
+        print("nnx: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -191,8 +194,9 @@ class Settings:
             )
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
             raise ValueError("--momentum and --nesterov: expected --optimizer sgd with them")
-        if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
-            raise ValueError(f"--name: expected the name of a folder, got {self.name!r}; see --out")
+        run = self.name
+        if run is not None and (run in ("", "..") or run != Path(run).name):
+            raise ValueError(f"--name: expected the name of a folder, got {run!r}; see --out")
 
     @property
     def images(self) -> bool:
@@ -241,6 +245,10 @@ def _read_config(path: str) -> dict[str, Any]:
     """The settings in a TOML file."""
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"--config: expected a TOML file, got {path} ({error.strerror}); check the path"
+        ) from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise ValueError(f"{path}: expected a TOML file: {error}") from error
     settings: dict[str, Any] = {}
@@ -353,20 +361,25 @@ class Run:
     def new_trainer(self, backend: Backend) -> nnx.Trainer:
         """A trainer with a new model, as the settings say."""
         s = self.settings
-        model = nnx.mlp(
-            [self.n_features, *s.hidden, len(self.classes)],
-            activation=s.activation,
-            dropout=s.dropout,
-            seed=s.seed,
-            dtype=s.dtype,
-        )
+        widths = [self.n_features, *s.hidden, len(self.classes)]
         assert s.lr is not None  # completed
         optimizer: nnx.Optimizer = nnx.Adam(s.lr, weight_decay=s.weight_decay)
         if s.optimizer == "sgd":
             optimizer = nnx.SGD(
                 s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay
             )
-        return nnx.Trainer(model, nnx.SoftmaxNLL(), optimizer, seed=s.seed, backend=backend)
+        try:
+            if 8 * sum((n + 1) * m for n, m in itertools.pairwise(widths)) > sys.maxsize:
+                raise MemoryError("more than can be addressed")
+            model = nnx.mlp(
+                widths, activation=s.activation, dropout=s.dropout, seed=s.seed, dtype=s.dtype
+            )
+            return nnx.Trainer(model, nnx.SoftmaxNLL(), optimizer, seed=s.seed, backend=backend)
+        except MemoryError as error:
+            raise ValueError(
+                f"--hidden: expected a model that fits into memory, got widths {widths} ({error}); "
+                "choose smaller ones"
+            ) from error
 
     def load_trainer(self, folder: Path, backend: Backend) -> nnx.Trainer:
         """A trainer with the model of the run, to evaluate and predict."""
@@ -473,14 +486,15 @@ def _prepare(settings: Settings, backend: Backend) -> tuple[Run, Dataset, Datase
 
 
 def _claim_folder(settings: Settings) -> Path:
-    """Make the run's folder, or empty it if it may be overwritten."""
+    """Make the run's folder, or clear it of the run that may be overwritten."""
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with _folder("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
     if settings.name is None:
         stem = Path(settings.data).absolute().name.partition(".")[0] or "data"
         for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                folder = out / f"{stem}-{number:04d}"
+            folder = out / f"{stem}-{number:04d}"
+            with _folder("--out", folder), contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
         return folder
@@ -489,10 +503,32 @@ def _claim_folder(settings: Settings) -> Path:
         raise ValueError(
             f"{folder}: expected no such run yet; choose another --name or --overwrite"
         )
-    folder.mkdir(exist_ok=True)
-    for name in (Run.CONFIG, Run.MODEL, Run.HISTORY, Run.CURVES):
+    with _folder("--name", folder):
+        folder.mkdir(exist_ok=True)
+        empty = not any(folder.iterdir())
+    if not empty:
+        try:
+            Run.read(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}: expected a run of nnx train to overwrite, got a folder with other "
+                "files; choose another --name"
+            ) from error
+    for name in (Run.MODEL, Run.HISTORY, Run.CURVES):  # config.json is replaced as a whole
         (folder / name).unlink(missing_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def _folder(flag: str, path: Path) -> Iterator[None]:
+    """Name the flag that asked for a folder that can't be had."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{flag}: expected a folder or a place for one, got {path} ({error.strerror}); "
+            f"choose another {flag}"
+        ) from error
 
 
 def _fit(trainer: nnx.Trainer, run: Run, train: Dataset, test: Dataset, folder: Path) -> float:
@@ -591,8 +627,13 @@ def _predict(args: argparse.Namespace) -> None:
     if args.out is None:
         sys.stdout.write(text)
         return
-    with _input_errors():
+    try:
         Path(args.out).write_text(text, "utf-8")
+    except OSError as error:
+        raise CliError(
+            f"--out: expected a file that can be written, got {args.out} ({error.strerror}); "
+            "choose another --out"
+        ) from error
 
 
 def _unlabeled(run: Run, path: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from oracles import assert_same_bits
 
 from nnx import (
+    SGD,
     Dropout,
     Layer,
     Linear,
@@ -18,6 +19,7 @@ from nnx import (
     Softmax,
     SoftmaxNLL,
     Tanh,
+    Trainer,
     check_gradients,
     mlp,
 )
@@ -287,3 +289,44 @@ def test_float32_parameters_are_an_error_that_names_one() -> None:
 def test_float32_input_is_checked_in_float64() -> None:
     x = np.random.default_rng(0).standard_normal((4, 2)).astype(np.float32)
     assert check_gradients(mlp([2, 3, 1], dtype=np.float64), x) < 1e-7
+
+
+def test_the_check_leaves_no_gradients_behind(backend: Backend, rng: np.random.Generator) -> None:
+    layer, x = linear().to(backend), rng.standard_normal((5, 4))
+    for wrong in (False, True):
+        if wrong:
+            with pytest.raises(AssertionError):
+                check_gradients(Wrong(layer, wrong_sign), x)
+        else:
+            check_gradients(layer, x)
+        for _, p in layer.parameters():
+            assert p.fresh
+            assert not backend.to_numpy(p.grad).any()
+
+
+def test_training_goes_on_as_if_there_had_been_no_check(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    x, t = rng.standard_normal((20, 4)), rng.integers(0, 3, 20)
+    losses, gradients = [], []
+    for check in (False, True):
+        model = mlp([4, 5, 3], dropout=0.5, dtype=np.float64).to(backend)
+        trainer = Trainer(model, SoftmaxNLL(), SGD(0.1), backend=backend)
+        if check:
+            check_gradients(model, x)
+        y, saved = model.forward(backend.asarray(x))  # by hand, before the first step
+        model.backward(y, saved)
+        gradients.append(backend.to_numpy(trainer.vector.grad).copy())
+        losses.append(trainer.fit(x, t, epochs=3, batch_size=6)["loss"])
+    assert_same_bits(*gradients)
+    assert_same_bits(*map(np.array, losses))
+
+
+def test_the_flag_has_no_say_in_where_a_check_runs(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NNX_BACKEND", "nonsense")
+    x = rng.standard_normal((5, 4))
+    assert check_gradients(linear().to(backend), x) < 1e-7
+    assert check_gradients(Tanh(), x) < 1e-7
+    assert check_gradients(MeanSquaredError(), x, np.zeros((5, 4))) < 1e-7

@@ -280,6 +280,27 @@ def test_overwrite_leaves_nothing_of_the_old_run(run: Nnx) -> None:
     assert names == {"config.json", "history.csv", "notes.txt"}
 
 
+@pytest.mark.parametrize("text", [None, "{}", "not JSON"])
+def test_overwrite_touches_no_folder_that_is_not_a_run(run: Nnx, text: str | None) -> None:
+    folder = Path("runs/mine")
+    folder.mkdir(parents=True)
+    for name in FILES - {"config.json"}:
+        (folder / name).write_text(f"my own {name}")
+    if text is not None:
+        (folder / "config.json").write_text(text)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    result = run("train", *SHORT, "--name", "mine", "--overwrite")
+    expected = "runs/mine: expected a run of nnx train to overwrite, got a folder with other files"
+    fails(result, "train", expected, "choose another --name")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+
+
+def test_overwrite_takes_an_empty_folder(run: Nnx) -> None:
+    Path("runs/mine").mkdir(parents=True)
+    assert run("train", *SHORT, "--name", "mine", "--overwrite").status == 0
+    assert {path.name for path in Path("runs/mine").iterdir()} == FILES
+
+
 def test_quiet_prints_the_result_alone(run: Nnx) -> None:
     result = run("train", *SHORT, "--quiet")
     assert re.fullmatch(r"test accuracy .*\n", result.out)
@@ -376,7 +397,9 @@ def test_a_bad_config_file_is_one_line(run: Nnx, text: str, part: str) -> None:
 
 
 def test_a_missing_config_file_is_one_line(run: Nnx) -> None:
-    fails(run("train", "--config", "no.toml"), "train", "no.toml")
+    for path, why in (("no.toml", "No such file or directory"), (".", "Is a directory")):
+        expected = f"--config: expected a TOML file, got {path} ({why})"
+        fails(run("train", "--config", path), "train", expected)
 
 
 # ---- bad usage and bad input ---------------------------------------------------------------------
@@ -409,9 +432,19 @@ def test_a_missing_config_file_is_one_line(run: Nnx) -> None:
         ("--name .", "--name"),
         ("--data nothing", "unknown data set 'nothing'"),
         ("--data digits --target a", "target"),
-        ("--out file/below", "file"),
-        ("--out file", "file"),
-        ("--name file --out . --overwrite", "file"),
+        ("--name=", "--name: expected the name of a folder, got ''"),
+        ("--name= --overwrite --out .", "--name: expected the name of a folder, got ''"),
+        ("--out file/below", "--out: expected a folder or a place for one, got file/below (Not a"),
+        ("--out file", "--out: expected a folder or a place for one, got file (File exists)"),
+        (
+            "--name file --out . --overwrite",
+            "--name: expected a folder or a place for one, got file (File exists)",
+        ),
+        (
+            f"--hidden {10**15}",
+            f"--hidden: expected a model that fits into memory, got widths [64, {10**15}",
+        ),
+        (f"--hidden {10**19}", "--hidden: expected a model that fits into memory"),
         ("--data file", "suffix"),
         ("--data cut.idx --labels y.idx", "cut.idx: expected 160 bytes of data"),
         ("--data cut.gz --labels y.idx", "cut.gz"),
@@ -535,7 +568,7 @@ def test_divergence_is_a_failure_with_its_history(run: Nnx) -> None:
 def test_an_interrupted_training_is_saved(run: Nnx, monkeypatch: pytest.MonkeyPatch) -> None:
     epoch = nnx.Trainer._fit_epoch
 
-    def interrupted(self: nnx.Trainer, *args: Any) -> dict[str, Any]:
+    def interrupted(self: nnx.Trainer, *args: Any) -> Any:
         if self.epoch == 2:
             raise KeyboardInterrupt
         return epoch(self, *args)
@@ -570,6 +603,27 @@ def test_an_interrupt_elsewhere_is_one_line(run: Nnx, monkeypatch: pytest.Monkey
     monkeypatch.setattr(nnx.data, "load", interrupted)
     result = run("train")
     assert (result.status, result.err) == (130, "nnx train: interrupted\n")
+
+
+def test_an_interrupt_before_there_is_a_command_is_one_line(
+    run: Nnx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    result = run("train")
+    assert (result.status, result.err) == (130, "nnx: interrupted\n")
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line() -> None:
+    Path("tomllib.py").write_text("raise KeyboardInterrupt")  # found before the standard library's
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(ROOT)])}
+    command = [sys.executable, "-m", "nnx", "train"]
+    result = subprocess.run(
+        command, env=environment() | paths, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (130, "nnx: interrupted\n")
 
 
 @pytest.fixture
@@ -810,7 +864,7 @@ def test_predict_to_a_file(run: Nnx) -> None:
     assert (result.status, result.out) == (0, "")
     assert Path("p.csv").read_bytes().decode() == shown
     bad = run("predict", "runs/digits-0001", "--data", "x.npy", "--out", "x.npy/p.csv")
-    fails(bad, "predict", "x.npy/p.csv")
+    fails(bad, "predict", "--out: expected a file that can be written, got x.npy/p.csv (Not a")
 
 
 def test_predict_leaves_the_label_out_wherever_it_stands(run: Nnx) -> None:

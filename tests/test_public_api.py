@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.metadata
 import io
-import json
 import re
 import subprocess
 import sys
@@ -93,13 +92,14 @@ def test_the_version_is_that_of_the_installed_distribution() -> None:
 # ---- a light import --------------------------------------------------------------------------
 
 
-def _imported_by(statement: str) -> set[str]:
-    """Top-level names of the modules that are loaded after `statement`, in a fresh interpreter."""
-    code = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+def _imported_by(statement: str, *, whole: bool = False) -> set[str]:
+    """Names of the modules `statement` loads in a fresh interpreter, `whole` or top-level ones."""
+    code = f"{statement}; import sys; print(*sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+    loaded = set(done.stdout.split())
+    return loaded if whole else {name.partition(".")[0] for name in loaded}
 
 
 def test_import_needs_numpy_and_the_standard_library_only() -> None:
@@ -108,6 +108,12 @@ def test_import_needs_numpy_and_the_standard_library_only() -> None:
     loaded = _imported_by("import nnx")
     assert loaded - before - set(sys.stdlib_module_names) == {"nnx"}
     assert not loaded & ON_DEMAND
+
+
+def test_import_leaves_alone_what_only_reading_and_writing_need() -> None:
+    on_demand = {"gzip", "importlib.resources", "json", "tempfile", "zipfile"}
+    before = _imported_by("import numpy, numpy.random", whole=True)
+    assert not (_imported_by("import nnx", whole=True) - before) & on_demand
 
 
 # ---- a small core ----------------------------------------------------------------------------
@@ -157,11 +163,12 @@ def _readme_blocks(language: str) -> Iterator[str]:
     return (m[1] for m in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S))
 
 
+@pytest.mark.parametrize("flag", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_the_example_in_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NNX_BACKEND", raising=False)
+    monkeypatch.setenv("NNX_BACKEND", flag)
     (example,) = _readme_blocks("python")
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
     accuracy = float(capsys.readouterr().out.split()[-1])

@@ -4,7 +4,6 @@ pooch is imported when MNIST has to be downloaded.
 """
 
 import os
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +74,8 @@ def load(
 
 def load_digits(*, test_fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Load the 1,797 bundled 8 x 8 digits as (train, test), values 0..16; see DIGITS.md."""
+    from importlib import resources
+
     with (
         resources.files("nnx.data").joinpath("digits.npz").open("rb") as file,
         np.load(file) as npz,

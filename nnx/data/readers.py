@@ -4,13 +4,10 @@ A file that is not what it should be is a ValueError that names it; nothing is e
 Imports only NumPy and the standard library; pyarrow is imported by the first CSV or Parquet file.
 """
 
-import gzip
 import importlib
 import math
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +33,6 @@ SUPPORTED = (
 _GZIP = b"\x1f\x8b"
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _TABLES = (".csv", ".tsv", ".parquet")
-# TypeError: numpy.load returned one array, which is no context manager.
-_NOT_NUMPY = (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def read_idx(path: PathLike) -> Array:
@@ -54,6 +49,9 @@ def read_idx(path: PathLike) -> Array:
     """
     data = Path(path).read_bytes()
     if data.startswith(_GZIP):
+        import gzip
+        import zlib
+
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
@@ -295,13 +293,18 @@ def _read_array(path: Path) -> Array:
 
 def _npz_arrays(path: Path, *choices: tuple[str, ...]) -> tuple[Array, ...]:
     """Return the arrays of the first choice of names that the archive holds in full."""
+    import zipfile
+    import zlib
+
+    # TypeError: numpy.load returned one array, which is no context manager.
+    not_numpy = (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             present = set(archive.files)
             for names in choices:
                 if present.issuperset(names):
                     return tuple(archive[name] for name in names)
-    except _NOT_NUMPY as error:
+    except not_numpy as error:
         raise _bad_numpy(path, error) from error
     wanted = " or ".join(", ".join(names) for names in choices)
     raise ValueError(
