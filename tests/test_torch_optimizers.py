@@ -160,7 +160,7 @@ def test_defaults(torch: Any) -> None:
     ):
         defaults = theirs(leaf).defaults
         defaults |= dict(zip(("beta1", "beta2"), defaults.pop("betas", ()), strict=False))
-        settings = vars(ours) | {"weight_decay": ours.weight_decay}
+        settings = vars(ours) | {"weight_decay": ours.weight_decay, "lr": ours.lr}
         shared = {n: d for n, d in defaults.items() if names.get(n, n) in settings}
         assert len(shared) >= 5
         for name, default in shared.items():
