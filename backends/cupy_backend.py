@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from nnx.backends.base import (
     check_operands,
 )
 from nnx.backends.philox import drop_threshold
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
@@ -123,6 +126,26 @@ class CupyStepState(StepState):
         return out
 
 
+def _by_kernel(file: str) -> Callable[[Operation], Operation]:
+    """Marks an operation as the second body of one in `XpBackend`, made of the kernels of `file`.
+
+    Where the file doesn't compile, the first body runs, after one warning that says so. With
+    `NNX_STRICT=1` in the environment that is an error.
+    """
+
+    def mark(operation: Operation) -> Operation:
+        definition = getattr(XpBackend, operation.__name__)
+
+        @functools.wraps(operation)
+        def run(self: CupyBackend, *args: Any, **options: Any) -> Any:
+            body = operation if _compiles(self.device, file) else definition
+            return body(self, *args, **options)
+
+        return cast(Operation, run)
+
+    return mark
+
+
 class CupyBackend(XpBackend):
     """CuPy on one CUDA device."""
 
@@ -133,7 +156,7 @@ class CupyBackend(XpBackend):
 
         super().__init__(cupy, "cupy" if device == 0 else f"cupy:{device}")
         self.device = device
-        self._tickets: dict[int, Array] = {}
+        self._tickets: dict[int, list[Array]] = {}
         self._staged: deque[tuple[Any, Any]] = deque()
 
     # ---- arrays --------------------------------------------------------------------------------
@@ -254,13 +277,16 @@ class CupyBackend(XpBackend):
     def _kernel(self, file: str, name: str) -> Any:
         return _load(self.device, file).get_function(name)
 
-    def _ticket(self) -> Array:
-        """The word by which blocks of a kernel find out who is last; one for each stream."""
-        stream = self.xp.cuda.get_current_stream().ptr
-        ticket = self._tickets.get(stream)
-        if ticket is None:
-            ticket = self._tickets[stream] = self.xp.zeros(1, np.uint32)
-        return ticket
+    def _ticket(self, n: int = 1) -> Array:
+        """`n` words by which blocks of a kernel find out who is last: 0 before and after a launch.
+
+        Each stream has its own, since its kernels run one after the other. Shorter ones are kept
+        when longer ones are made: a captured graph may hold their address.
+        """
+        tickets = self._tickets.setdefault(self.xp.cuda.get_current_stream().ptr, [])
+        if not tickets or tickets[-1].size < n:
+            tickets.append(self.xp.zeros(max(n, 1024), np.uint32))
+        return tickets[-1][:n]
 
     # ---- element by element ---------------------------------------------------------------------
 
@@ -274,6 +300,7 @@ class CupyBackend(XpBackend):
 
     # ---- ReLU ----------------------------------------------------------------------------------
 
+    @_by_kernel("relu.cu")
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`, by a kernel for a single model."""
         if dy.ndim != 2 or dy.dtype not in _SUFFIX:
@@ -281,6 +308,7 @@ class CupyBackend(XpBackend):
         self._bias_backward(dy, None, out, accumulate)
         return out
 
+    @_by_kernel("relu.cu")
     def relu(self, x: Array) -> tuple[Array, Array]:
         """As in `XpBackend`; the mask has one bit per element."""
         n = x.size
@@ -290,6 +318,7 @@ class CupyBackend(XpBackend):
             self._launch("relu", x.dtype, n, (y, n), (mask, _words(n)), (x, n), n)
         return y, mask
 
+    @_by_kernel("relu.cu")
     def relu_backward(self, dy: Array, mask: Array) -> Array:
         """As in `XpBackend`."""
         if mask.dtype == bool:
@@ -300,6 +329,7 @@ class CupyBackend(XpBackend):
             self._launch("relu_backward", dy.dtype, n, (dx, n), (dy, n), (mask, _words(n)), n)
         return dx
 
+    @_by_kernel("relu.cu")
     def bias_relu(self, z: Array, bias: Array) -> tuple[Array, Array]:
         """As in `XpBackend`, by a kernel for a single model."""
         if z.ndim != 2:
@@ -311,6 +341,7 @@ class CupyBackend(XpBackend):
             self._launch("bias_relu", z.dtype, n, (z, n), words, (bias, columns), columns, n)
         return z, mask
 
+    @_by_kernel("relu.cu")
     def bias_relu_backward(
         self, dy: Array, mask: Array, dbias: Array, *, accumulate: bool = False
     ) -> Array:
@@ -341,6 +372,7 @@ class CupyBackend(XpBackend):
 
     # ---- losses and metrics --------------------------------------------------------------------
 
+    @_by_kernel("softmax_nll.cu")
     def softmax_nll(
         self,
         logits: Array,
@@ -431,6 +463,7 @@ class CupyBackend(XpBackend):
         )
         return loss, gradient
 
+    @_by_kernel("batch.cu")
     def count_correct(self, scores: Array, labels: Array, total: Array) -> None:
         """As in `XpBackend`, in one launch."""
         *models, n, n_classes = scores.shape
@@ -452,6 +485,7 @@ class CupyBackend(XpBackend):
 
     # ---- dropout -------------------------------------------------------------------------------
 
+    @_by_kernel("dropout.cu")
     def dropout(
         self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
     ) -> tuple[Array, Array]:
@@ -478,6 +512,7 @@ class CupyBackend(XpBackend):
             )
         return y, mask
 
+    @_by_kernel("dropout.cu")
     def dropout_backward(self, dy: Array, mask: Array, p: float) -> Array:
         """As in `XpBackend`."""
         n = dy.size
@@ -490,6 +525,7 @@ class CupyBackend(XpBackend):
 
     # ---- optimizers ----------------------------------------------------------------------------
 
+    @_by_kernel("optimizers.cu")
     def sgd(
         self,
         value: Array,
@@ -510,6 +546,7 @@ class CupyBackend(XpBackend):
             "sgd", value, (slot,), grad, groups, state, loss, momentum, nesterov, weight_decay
         )
 
+    @_by_kernel("optimizers.cu")
     def adam(
         self,
         value: Array,
@@ -567,6 +604,7 @@ class CupyBackend(XpBackend):
 
     # ---- data ----------------------------------------------------------------------------------
 
+    @_by_kernel("batch.cu")
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]:
@@ -639,7 +677,28 @@ def _load(device: int, file: str) -> Any:
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source(file), options=("-std=c++17",))
+        module = cupy.RawModule(code=source(file), options=("-std=c++17",))
+        module.compile()
+        return module
+
+
+@functools.cache
+def _compiles(device: int, file: str) -> bool:
+    """Whether the kernels of a file can be used; compiles them when first asked."""
+    try:
+        _load(device, file)
+    except Exception as error:  # of NVRTC, the driver or CuPy
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        message = (
+            f"the kernels of {file} don't compile for device {device} ({reason}); "
+            "their operations run as plain CuPy, slower and with more launches. Please report it, "
+            "with the output of `nnx info`"
+        )
+        if os.environ.get("NNX_STRICT") == "1":
+            raise BackendUnavailable(f"backend 'cupy': {message}") from error
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return False
+    return True
 
 
 def _import_cupy() -> Any:
