@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import re
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from nnx.backends.base import (
     XpBackend,
     check_operands,
 )
+from nnx.backends.cublas import Cublas, CublasError, plan
 from nnx.backends.philox import drop_threshold
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -156,7 +158,8 @@ class CupyBackend(XpBackend):
 
         super().__init__(cupy, "cupy" if device == 0 else f"cupy:{device}")
         self.device = device
-        self._tickets: dict[int, list[Array]] = {}
+        self._tickets: dict[Any, list[Array]] = {}
+        self._handles: dict[Any, Cublas | None] = {}
         self._staged: deque[tuple[Any, Any]] = deque()
 
     # ---- arrays --------------------------------------------------------------------------------
@@ -283,10 +286,61 @@ class CupyBackend(XpBackend):
         Each stream has its own, since its kernels run one after the other. Shorter ones are kept
         when longer ones are made: a captured graph may hold their address.
         """
-        tickets = self._tickets.setdefault(self.xp.cuda.get_current_stream().ptr, [])
+        tickets = self._tickets.setdefault(self._stream(), [])
         if not tickets or tickets[-1].size < n:
             tickets.append(self.xp.zeros(max(n, 1024), np.uint32))
         return tickets[-1][:n]
+
+    def _stream(self) -> Any:
+        """What tells the current stream from others."""
+        stream = self.xp.cuda.get_current_stream().ptr
+        return (stream, threading.get_ident()) if stream == 2 else stream  # 2: each thread's own
+
+    # ---- linear algebra -------------------------------------------------------------------------
+
+    def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array:
+        """As in `XpBackend`, in one call of cuBLAS; see `nnx.backends.cublas`.
+
+        Raises:
+            ValueError: The shapes don't belong to one product.
+            TypeError: The dtypes differ.
+        """
+        dtype = out.dtype
+        if a.dtype != dtype or b.dtype != dtype:
+            raise TypeError(f"gemm: expected arrays of {dtype}, got {a.dtype} and {b.dtype}")
+        cublas = self._cublas() if dtype in _SUFFIX else None
+        if cublas is None:
+            return super().gemm(a, b, out, accumulate=accumulate)
+        sizes = dtype.itemsize
+        p = plan(a.shape, a.strides, b.shape, b.strides, out.shape, out.strides, sizes)
+        if p is None:  # neither rows nor columns are contiguous
+            a, b = self._packed(a), self._packed(b)
+            p = plan(a.shape, a.strides, b.shape, b.strides, out.shape, out.strides, sizes)
+            if p is None:
+                return super().gemm(a, b, out, accumulate=accumulate)
+        if out.size and p.k:
+            cublas.gemm(p, a.data.ptr, b.data.ptr, out.data.ptr, dtype, accumulate)
+        elif not accumulate:
+            out.fill(0)
+        return out
+
+    def _packed(self, a: Array) -> Array:
+        """A copy of `a` that is contiguous."""
+        copy = self.empty(a.shape, a.dtype)
+        self.xp.copyto(copy, a)
+        return copy
+
+    def _cublas(self) -> Cublas | None:
+        """The current stream's cuBLAS handle; None where none can be had."""
+        stream = self._stream()
+        if stream not in self._handles:
+            try:
+                with self.activate():
+                    self._handles[stream] = Cublas(self.xp.cuda.get_current_stream().ptr)
+            except (CublasError, OSError, AttributeError, ImportError) as error:
+                _give_way(f"cuBLAS can't be called directly ({error}); products run by CuPy", error)
+                self._handles[stream] = None
+        return self._handles[stream]
 
     # ---- element by element ---------------------------------------------------------------------
 
@@ -689,16 +743,21 @@ def _compiles(device: int, file: str) -> bool:
         _load(device, file)
     except Exception as error:  # of NVRTC, the driver or CuPy
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        message = (
+        _give_way(
             f"the kernels of {file} don't compile for device {device} ({reason}); "
-            "their operations run as plain CuPy, slower and with more launches. Please report it, "
-            "with the output of `nnx info`"
+            "their operations run as plain CuPy, slower and with more launches",
+            error,
         )
-        if os.environ.get("NNX_STRICT") == "1":
-            raise BackendUnavailable(f"backend 'cupy': {message}") from error
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
         return False
     return True
+
+
+def _give_way(message: str, error: Exception) -> None:
+    """Warn that a faster body can't be used, or with `NNX_STRICT=1` raise that."""
+    message += ". Please report it, with the output of `nnx info`"
+    if os.environ.get("NNX_STRICT") == "1":
+        raise BackendUnavailable(f"backend 'cupy': {message}") from error
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _import_cupy() -> Any:
