@@ -18,7 +18,14 @@ import warnings
 
 import numpy as np
 
-from nnx.backends.base import Array, Backend, BackendUnavailable, StepState, XpBackend
+from nnx.backends.base import (
+    Array,
+    Backend,
+    BackendUnavailable,
+    OutOfMemory,
+    StepState,
+    XpBackend,
+)
 from nnx.backends.numpy_backend import NumpyBackend
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "NumpyBackend",
+    "OutOfMemory",
     "StepState",
     "XpBackend",
     "available",

@@ -31,6 +31,8 @@ class Arena:
         self._next = 0
         self._needed = 0
         self._outer: Arena | None = None
+        self.generation = 0
+        """Counts the slabs; what points into one is valid until the next."""
 
     @property
     def nbytes(self) -> int:
@@ -40,8 +42,12 @@ class Arena:
     def step(self, key: Hashable) -> Arena:
         """Begin a step; steps of equal `key` (the shape of the batch) ask for the same arrays."""
         self._tape = self._tapes.setdefault(key, [])
-        self._next = 0
+        self.restart()
         return self
+
+    def restart(self) -> None:
+        """Take everything back: the step begins anew."""
+        self._next = 0
 
     def __enter__(self) -> None:
         self._outer = running.arena
@@ -58,6 +64,7 @@ class Arena:
             self._tapes.clear()
             self._tape = []
             self._slab = self.xp.empty(0, self.xp.uint8)  # freed first: both may not fit
+            self.generation += 1
             self._slab = self.xp.empty(self._needed, self.xp.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -27,6 +27,28 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for that can't be used here; the message says why and what to do."""
 
 
+class CaptureError(RuntimeError):
+    """A step can't be captured into a graph; the message says what in it stands in the way."""
+
+
+class OutOfMemory(MemoryError):
+    """The device has too little memory; the message says for what, and what to change."""
+
+
+class Graph(Protocol):
+    """The device's work of a training step, recorded."""
+
+    def launch(self) -> None:
+        """Do it again, on the current stream, without waiting."""
+
+
+class Feeder(Protocol):
+    """Sends rows of host arrays to the device, batch by batch."""
+
+    def send(self, index: np.ndarray) -> list[Array]:
+        """These rows of each array, on the device until the next but one call."""
+
+
 class StepState:
     """What a training step reads besides data: its number, its learning rate, its place in the log.
 
@@ -34,27 +56,55 @@ class StepState:
     kernels read them and the optimizer's kernel counts up, so that no step uploads anything.
 
     Attributes:
-        number: Updates done since the beginning; the step of every random stream.
-        position: Updates done since `plan`; index into `rates` and `log`, and of the batch.
         rates: Learning rates of the planned steps, float64.
         log: Losses of the planned steps, `(n,)` or `(n, K)`; NaN until they are known.
         order: Order of the samples in this epoch, int64, or None.
         host_order: The same on the host.
+        capturing: Whether a step is being captured. What reads a number on the host then would
+            freeze it in the graph, so that is an error.
     """
 
     def __init__(self, backend: XpBackend) -> None:
         self.backend = backend
-        self.number = 0
-        self.position = 0
+        self._number = 0
+        self._position = 0
         self.rates = np.empty(0)
         self.log: Array = None
         self.order: Array = None
         self.host_order: np.ndarray | None = None
+        self.capturing = False
+
+    @property
+    def number(self) -> int:
+        """Updates done since the beginning; the step of every random stream."""
+        self._check("number")
+        return self._number
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self._number = number
+
+    @property
+    def position(self) -> int:
+        """Updates done since `plan`; index into `rates` and `log`, and of the batch."""
+        self._check("position")
+        return self._position
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all planned steps are done."""
+        return self._position >= len(self.rates)
 
     @property
     def rate(self) -> float:
         """The running step's learning rate."""
         return float(self.rates[self.position])
+
+    def _check(self, what: str) -> None:
+        if self.capturing:
+            raise CaptureError(
+                f"something in the step reads its {what} on the host, which a graph would freeze"
+            )
 
     def plan(
         self,
@@ -63,14 +113,30 @@ class StepState:
         dtype: Any,
         n_models: int | None = None,
         order: np.ndarray | None = None,
+        fresh_log: bool = True,
     ) -> None:
-        """Lay out the next `len(rates)` steps and go to the first. The log starts anew."""
-        self.position = 0
+        """Lay out the next `len(rates)` steps and go to the first.
+
+        Args:
+            rates: Their learning rates.
+            dtype: That of the losses.
+            n_models: K if each step has K losses.
+            order: Order of the samples.
+            fresh_log: Whether the log is a new array, so that views of the last one keep their
+                losses; else it is written over if it has the right size.
+        """
+        self._position = 0
         self.rates = rates
         shape = (len(rates),) if n_models is None else (len(rates), n_models)
-        self.log = self.backend.xp.full(shape, np.nan, dtype)
+        if fresh_log or self.log is None or self.log.shape != shape or self.log.dtype != dtype:
+            self.log = self.backend.xp.empty(shape, dtype)
+        self.log.fill(np.nan)
         self.order = None if order is None else self.backend.asarray(order)
         self.host_order = order
+
+    def rewind(self) -> None:
+        """Forget the plan: the next step needs another one."""
+        self._position, self.rates = 0, np.empty(0)
 
     def set_rates(self, rates: np.ndarray) -> None:
         """Change the learning rates of the planned steps."""
@@ -82,10 +148,10 @@ class StepState:
             self.log[self.position, ...] = loss
         self.count()
 
-    def count(self) -> None:
+    def count(self, steps: int = 1) -> None:
         """Count a finished step on the host."""
-        self.number += 1
-        self.position += 1
+        self._number += steps
+        self._position += steps
 
 
 class Backend(Protocol):
@@ -93,6 +159,7 @@ class Backend(Protocol):
 
     name: str
     xp: ModuleType
+    graphs: bool
 
     def asarray(self, a: Any, dtype: Any = None) -> Array: ...
     def to_numpy(self, a: Array) -> np.ndarray: ...
@@ -103,6 +170,9 @@ class Backend(Protocol):
     def activate(self) -> contextlib.AbstractContextManager[Any]: ...
     def fits(self, nbytes: int) -> bool: ...
     def step_state(self) -> StepState: ...
+    def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> Feeder: ...
+    def capture(self, work: Callable[[], Any], state: StepState) -> Graph: ...
+    def out_of_memory(self, error: BaseException) -> str | None: ...
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
     def erf(self, x: Array) -> Array: ...
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array: ...
@@ -271,13 +341,27 @@ class Groups:
         self.table = backend.asarray(np.array(settings, np.float64).reshape(-1, 2))
 
 
+class _Rows:
+    """The `Feeder` of a backend whose device is the host."""
+
+    def __init__(self, sources: Sequence[np.ndarray]) -> None:
+        self._sources = sources
+
+    def send(self, index: np.ndarray) -> list[Array]:
+        return [source[index] for source in self._sources]
+
+
 class XpBackend:
     """Every operation in plain xp, with `xp` NumPy or CuPy.
+
+    Attributes:
+        graphs: Whether `capture` can work.
 
     Arrays named `out`, `total`, `dbias`, `value`, `velocity`, `m`, `v` and `z` are written; no
     other argument ever is. Masks are opaque to callers.
     """
 
+    graphs = False
     piece = 2**16
     """Elements that an optimizer of several elementwise passes takes at a time."""
 
@@ -327,6 +411,28 @@ class XpBackend:
     def step_state(self) -> StepState:
         """A fresh `StepState`."""
         return StepState(self)
+
+    def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> Feeder:
+        """What sends batches of at most `batch_size` rows of host arrays to the device."""
+        return _Rows(sources)
+
+    def capture(self, work: Callable[[], Any], state: StepState) -> Graph:
+        """A graph of what `work` does on the device; it isn't done yet.
+
+        `work` ran before with the same arrays, so that it has compiled and allocated what it needs.
+
+        Args:
+            work: One training step, that of `state`. What it does on the host happens.
+            state: Counts the step.
+
+        Raises:
+            CaptureError: The step can't be captured. Everything is as if it hadn't been tried.
+        """
+        raise CaptureError(f"backend {self.name!r} has no graphs")
+
+    def out_of_memory(self, error: BaseException) -> str | None:
+        """What an error says about the device's memory, if that is what it is about; else None."""
+        return None
 
     # ---- element by element ---------------------------------------------------------------------
 

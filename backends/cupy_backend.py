@@ -23,6 +23,7 @@ import numpy as np
 from nnx.backends.base import (
     Array,
     BackendUnavailable,
+    CaptureError,
     Groups,
     StepState,
     XpBackend,
@@ -83,7 +84,8 @@ def source(name: str) -> str:
 class CupyStepState(StepState):
     """A `StepState` whose numbers are on the device too, where the kernels read them.
 
-    `plan` copies from pinned memory on the current stream, so it waits for nothing.
+    `plan` copies from pinned memory on the current stream, so it waits for nothing, and to where
+    the last plan was if the sizes are the same: a captured step finds the new one there.
     """
 
     backend: CupyBackend
@@ -101,14 +103,16 @@ class CupyStepState(StepState):
         dtype: Any,
         n_models: int | None = None,
         order: np.ndarray | None = None,
+        fresh_log: bool = True,
     ) -> None:
         """As in `StepState`, and on the device."""
-        super().plan(rates, dtype=dtype, n_models=n_models)
+        there = self.order
+        super().plan(rates, dtype=dtype, n_models=n_models, fresh_log=fresh_log)
         self.host_order = order
         self.counters = self._upload(np.array([self.number, 0]), self.counters)
         self.device_rates = self._upload(rates, self.device_rates)
         if order is not None:
-            self.order = self._upload(order.astype(np.int64), None)
+            self.order = self._upload(order.astype(np.int64, copy=False), there)
 
     def set_rates(self, rates: np.ndarray) -> None:
         """As in `StepState`, and on the device."""
@@ -126,6 +130,68 @@ class CupyStepState(StepState):
             out = self.backend.xp.empty(host.shape, host.dtype)
         self.backend.upload(host, out)
         return out
+
+
+class CupyGraph:
+    """A captured step, and the memory that it uses beside the trainer's."""
+
+    def __init__(self, graph: Any, pool: Any) -> None:
+        self._graph, self._pool = graph, pool
+
+    def launch(self) -> None:
+        """Replay on the current stream."""
+        self._graph.launch()
+
+
+class CupyFeeder:
+    """Two batches under way: the next is gathered and copied while the device works on the last.
+
+    Each of two slots has pinned memory and device arrays. The copy runs on a stream of its own. It
+    waits, on the device, until the step that used the slot is over; the step waits until the copy
+    is. The host waits only for pinned memory that is still being read: when it is two batches
+    ahead.
+    """
+
+    def __init__(self, backend: CupyBackend, sources: Sequence[np.ndarray], rows: int) -> None:
+        self._backend, self._sources = backend, sources
+        self._stream = backend.xp.cuda.Stream(non_blocking=True)
+        self._slots = [_Slot(backend, sources, rows) for _ in range(2)]
+
+    def send(self, index: np.ndarray) -> list[Array]:
+        """These rows of each source, on the device until the next but one call."""
+        last, slot = self._slots
+        self._slots = [slot, last]
+        current = self._backend.xp.cuda.get_current_stream()
+        last.used.record(current)
+        if not slot.copied.done:
+            slot.copied.synchronize()
+        n = len(index)
+        for source, host in zip(self._sources, slot.hosts, strict=True):
+            # "clip" clips nothing, the indices are valid; "raise" would gather into a buffer first
+            np.take(source, index, axis=0, out=host[:n], mode="clip")
+        self._stream.wait_event(slot.used)
+        for host, there in zip(slot.hosts, slot.there, strict=True):
+            there[:n].set(host[:n], stream=self._stream)
+        slot.copied.record(self._stream)
+        current.wait_event(slot.copied)
+        self._backend.hold(slot.copied, slot.hosts)
+        return [there[:n] for there in slot.there]
+
+
+class _Slot:
+    """Room for one batch on both sides, and how far the work on it has come."""
+
+    def __init__(self, backend: CupyBackend, sources: Sequence[np.ndarray], rows: int) -> None:
+        import cupyx
+
+        shapes = [(min(rows, len(a)), *a.shape[1:]) for a in sources]
+        kinds = [a.dtype for a in sources]
+        both = list(zip(shapes, kinds, strict=True))
+        self.hosts = [cupyx.empty_pinned(shape, kind) for shape, kind in both]
+        self.there = [backend.xp.empty(shape, kind) for shape, kind in both]
+        self.copied = backend.xp.cuda.Event(disable_timing=True)
+        self.used = backend.xp.cuda.Event(disable_timing=True)
+        self.used.record()  # by whoever had the device's memory before
 
 
 def _by_kernel(file: str) -> Callable[[Operation], Operation]:
@@ -151,6 +217,7 @@ def _by_kernel(file: str) -> Callable[[Operation], Operation]:
 class CupyBackend(XpBackend):
     """CuPy on one CUDA device."""
 
+    graphs = True
     piece = 2**62  # a piece is a launch: as few as there are runs of equal settings
 
     def __init__(self, device: int) -> None:
@@ -194,8 +261,11 @@ class CupyBackend(XpBackend):
         out.set(staged)
         copied = self.xp.cuda.Event(disable_timing=True)
         copied.record()
-        # held here, not by whoever asked: the copy may come after they are gone
-        self._staged.append((copied, staged))
+        self.hold(copied, staged)
+
+    def hold(self, copied: Any, memory: Any) -> None:
+        """Keep pinned memory until an event: the copy may come after whoever asked is gone."""
+        self._staged.append((copied, memory))
         while self._staged and self._staged[0][0].done:
             self._staged.popleft()
 
@@ -222,6 +292,53 @@ class CupyBackend(XpBackend):
         """A fresh `CupyStepState`."""
         with self.activate():
             return CupyStepState(self)
+
+    def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> CupyFeeder:
+        """As in `XpBackend`, by way of pinned memory and a stream of its own."""
+        return CupyFeeder(self, sources, batch_size)
+
+    def capture(self, work: Callable[[], Any], state: StepState) -> CupyGraph:
+        """As in `XpBackend`. What `work` allocates comes from a pool that belongs to the graph."""
+        cuda = self.xp.cuda
+        number, now, stream = state.number, cuda.get_current_stream(), self._capture_stream
+        pool, graph = cuda.MemoryPool(), None
+        with stream:
+            self._cublas()  # handle and tickets can't be made while a capture runs
+            self._ticket(max((t[-1].size for t in self._tickets.values() if t), default=1))
+            stream.wait_event(now.record())
+            stream.begin_capture()
+            state.capturing = True
+            try:
+                with cuda.using_allocator(pool.malloc):
+                    work()
+                graph = stream.end_capture()
+            except CaptureError:
+                raise
+            except Exception as error:  # of CuPy, CUDA, or whatever the step is made of
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
+            finally:
+                state.capturing = False
+                if graph is None:
+                    with contextlib.suppress(Exception):
+                        stream.end_capture()
+                    state.count(number - state.number)
+            now.wait_event(stream.record())
+        return CupyGraph(graph, pool)
+
+    @functools.cached_property
+    def _capture_stream(self) -> Any:
+        return self.xp.cuda.Stream(non_blocking=True)
+
+    def out_of_memory(self, error: BaseException) -> str | None:
+        """As in `XpBackend`."""
+        if not isinstance(error, self.xp.cuda.memory.OutOfMemoryError):
+            return None
+        with self.activate():
+            free, total = self.xp.cuda.runtime.memGetInfo()
+            pooled = self.xp.get_default_memory_pool().free_bytes()
+        needed = getattr(error, "_size", None)
+        asked = str(error) if needed is None else f"{_bytes(needed)} more were needed"
+        return f"{asked}, {_bytes(free + pooled)} of {_bytes(total)} are free on {self.name}"
 
     # ---- launching -----------------------------------------------------------------------------
 
@@ -714,6 +831,16 @@ template <typename T> __device__ T maximum(T a, T b) { return a > b || a != a ? 
 template <typename T> __device__ T minimum(T a, T b) { return a < b || a != a ? a : b; }
 template <typename T> __device__ T sign(T a) { return a != a ? a : T((a > T(0)) - (a < T(0))); }
 """
+
+
+def _bytes(n: int) -> str:
+    """A number of bytes as people read it."""
+    size, unit = float(n), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
 
 
 def _words(n: int) -> int:

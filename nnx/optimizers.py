@@ -152,17 +152,26 @@ class Optimizer:
             )
         self._vector = vector
 
-    def plan(self, n_steps: int, order: np.ndarray | None = None, *, at_most: bool = False) -> None:
+    def plan(
+        self,
+        n_steps: int,
+        order: np.ndarray | None = None,
+        *,
+        at_most: bool = False,
+        fresh_log: bool = True,
+    ) -> None:
         """Lay out the next `n_steps`: learning rates, loss log, order of the samples.
 
         With `at_most` a schedule that ends sooner ends the plan; its error is that of its own step.
+        `fresh_log` is that of `StepState.plan`.
 
         Raises:
             ValueError: The schedule gives a rate that is negative or not finite.
         """
         steps, vector = self.steps, self.vector
         rates = self._rates(steps.number, n_steps, at_most=at_most)
-        steps.plan(rates, dtype=vector.value.dtype, n_models=vector.n_models, order=order)
+        dtype, n_models = vector.value.dtype, vector.n_models
+        steps.plan(rates, dtype=dtype, n_models=n_models, order=order, fresh_log=fresh_log)
 
     def _rates(self, first: int, n_steps: int, *, at_most: bool = False) -> np.ndarray:
         """Learning rates of the steps from `first` on, float64."""
@@ -194,7 +203,7 @@ class Optimizer:
 
     def _planned(self) -> StepState:
         steps = self.steps
-        if steps.position >= len(steps.rates):
+        if steps.exhausted:
             self.plan(self.PLAN, at_most=True)
         return steps
 
@@ -301,7 +310,8 @@ class Optimizer:
             self._slots[name].fill(0)
         for name, array in slots.items():
             self.slot(name)[...] = vector.backend.asarray(array)
-        steps.number, steps.position, steps.rates = int(state["step"]), 0, np.empty(0)
+        steps.number = int(state["step"])
+        steps.rewind()
 
     def config(self) -> dict[str, Any]:
         """Arguments that build this optimizer again; options that are off are left out."""

@@ -163,9 +163,16 @@ class ParameterVector:
         self._place(backend, value, grad, copy=False)
 
     def _place(self, backend: Backend, value: Array, grad: Array, *, copy: bool) -> None:
-        """Make `value` and `grad` the buffers and rebind every parameter to its view."""
-        self.backend, self.value, self.grad = backend, value, grad
+        """Make `value` and `grad` the buffers and rebind every parameter to its view.
+
+        What may fail for want of memory comes first, so that it leaves everything as it was.
+        """
         runs: list[tuple[int, int, float, float]] = []
+        for p, (start, stop) in zip(self.parameters, self._spans, strict=True):
+            end = -(-stop // Groups.BLOCK) * Groups.BLOCK
+            runs.append((start, end, float(p.lr_scale), float(p.decay_scale)))
+        self.groups = Groups(_merge(runs), backend)
+        self.backend, self.value, self.grad = backend, value, grad
         for p, (start, stop) in zip(self.parameters, self._spans, strict=True):
             for name, flat in (("value", value), ("grad", grad)):
                 old = getattr(p, name)
@@ -173,9 +180,6 @@ class ParameterVector:
                 if copy:
                     new[...] = old
                 setattr(p, name, new)
-            end = -(-stop // Groups.BLOCK) * Groups.BLOCK
-            runs.append((start, end, float(p.lr_scale), float(p.decay_scale)))
-        self.groups = Groups(_merge(runs), backend)
 
     def _view(self, flat: Array, start: int, stop: int, shape: tuple[int, ...]) -> Any:
         rows = flat[0, start:stop] if self.n_models is None else flat[:, start:stop]

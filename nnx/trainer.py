@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnx.backends import Array, Backend, StepState, backend_of, resolve
+from nnx.backends import Array, Backend, OutOfMemory, StepState, backend_of, resolve
 from nnx.backends.arena import Arena
 from nnx.backends.philox import SHUFFLE, check_seed, generator
 from nnx.data.arrays import check_features
+from nnx.graphs import StepGraphs, places
 from nnx.layers import Layer, Step
 from nnx.losses import Loss
 from nnx.metrics import Accuracy, Metric
@@ -72,6 +75,12 @@ class Trainer:
             dropout masks, on every backend the same.
         backend: `"numpy"`, `"cupy"`, `"cupy:1"`, `"auto"` or a backend. By default the environment
             variable `NNX_BACKEND`, else where the parameters are.
+        graph: Whether to capture the training step into a CUDA graph, once for each kind of step,
+            and replay it: one launch a step, the same bits. It pays where steps are short. A
+            short last batch, and whatever can't be captured, runs as without. The graph repeats
+            what the device did: layers and metrics of your own do nothing on the host in a
+            replayed step, and settings of model, loss and optimizer but the learning rate are
+            those of the capture until the next `fit`. On NumPy it changes nothing.
 
     Attributes:
         history: A row per epoch of every `fit`.
@@ -79,6 +88,9 @@ class Trainer:
 
     Raises:
         ValueError: The model has no parameters, or its number of models isn't the loss's.
+        OutOfMemory: The device has no room for the model, which stays where it was. Raised by the
+            other methods too, when data or a step don't fit: the parameters are then those before
+            the step, and training can go on with smaller batches.
     """
 
     def __init__(
@@ -89,6 +101,7 @@ class Trainer:
         *,
         seed: int = 0,
         backend: str | Backend | None = None,
+        graph: bool = False,
     ) -> None:
         parameters = [p for _, p in model.parameters()]
         if not parameters:
@@ -101,7 +114,7 @@ class Trainer:
         self.seed = check_seed(seed)
         self.model, self.loss, self.optimizer = model, loss, optimizer
         target = resolve(backend, default=backend_of(*(p.value for p in parameters)))
-        with target.activate():
+        with target.activate(), _memory("Trainer", target, "make the model smaller"):
             model.to(target)
             vector = parameters[0].vector  # a second trainer for the same model shares the vector
             if vector is None or vector.parameters != tuple(parameters):
@@ -110,7 +123,11 @@ class Trainer:
             optimizer.bind(vector)
         self.history = History()
         self.epoch = 0
+        self.graph = graph
         self._arena = Arena(target.xp)
+        self._graphs = StepGraphs()
+        self._inputs: dict[Hashable, tuple[Array, ...]] = {}
+        self._totals: dict[Hashable, Array] = {}
         self._step = Step(self.seed, optimizer.steps, list(model.layers()))
 
     @property
@@ -131,33 +148,87 @@ class Trainer:
         Returns:
             The loss before the update, 0-d or `(K,)`, on the device; nothing waits for it.
         """
-        with self.backend.activate(), self._begin(x.shape):
-            return self._train(x, t, weight)
+        batch = (x, t) if weight is None else (x, t, weight)
+        with self.backend.activate(), self._memory("train_step", len(x)):
+            steps = self._begin()
+            logged = steps.log[steps.position, ...]
+            shapes, kind = tuple((a.shape, a.dtype.char) for a in batch), None
+            if self._captures:
+                batch = self._copied(shapes, batch)  # a graph reads where it was told to
+                kind = self._places(batch)
+            self._run(shapes, functools.partial(self._train, batch), kind)
+            return logged
 
-    def _begin(self, key: tuple[int, ...]) -> Arena:
-        """Make everything ready for a step on arrays of this shape."""
+    @property
+    def _captures(self) -> bool:
+        return self.graph and self.backend.graphs
+
+    def _begin(self) -> StepState:
+        """Make everything ready for a step."""
         steps = self.optimizer.begin_step()
         if self._step.state is not steps:  # the first step, or the model has moved
             self._step.state = steps
-            self._arena = Arena(self.backend.xp)
-        return self._arena.step(key)
+            self._forget()
+        return steps
 
-    def _train(
-        self,
-        x: Array,
-        t: Array,
-        weight: Array | None = None,
-        metrics: Iterable[tuple[Metric, Array]] = (),
-    ) -> Array:
+    def _forget(self) -> None:
+        """Give back what steps have asked for."""
+        self._arena, self._graphs, self._inputs = Arena(self.backend.xp), StepGraphs(), {}
+
+    def _run(self, shapes: Hashable, work: Callable[[], Any], kind: Hashable | None) -> None:
+        """Do a step, or replay it.
+
+        Args:
+            shapes: Those of its batch: steps of the same ask for the same arrays.
+            work: The step.
+            kind: What its graph would freeze; None if it isn't to be captured.
+        """
+        with self._arena.step(shapes):
+            if kind is None:
+                work()
+            else:
+                self._graphs.run(kind, work, self._step.state, self._arena)
+
+    def _places(self, arrays: Iterable[Array]) -> Hashable:
+        """Where a captured step would find what it works on."""
+        steps: Any = self._step.state
+        own = (self.vector.value, self.vector.grad, steps.log, steps.order)
+        uploaded = (steps.counters, steps.device_rates)
+        return places([*own, *uploaded, *(a for _, a in self.model.buffers()), *arrays])
+
+    def _settings(self, metrics: Iterable[Metric]) -> Hashable:
+        """What a captured step would freeze besides places."""
+        optimizer = self.optimizer.config() | {"lr": None}
+        return repr((self.model, self.loss, optimizer, [(type(m), vars(m)) for m in metrics]))
+
+    def _copied(self, key: Hashable, batch: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The batch in arrays that stay where they are."""
+        kept: tuple[Array, ...] | None = self._inputs.get(key)
+        if kept is None:
+            kept = self._inputs[key] = tuple(self.backend.xp.empty_like(a) for a in batch)
+        for a, mine in zip(batch, kept, strict=True):
+            self.backend.xp.copyto(mine, a)
+        return kept
+
+    def _train(self, batch: Sequence[Array], metrics: Iterable[tuple[Metric, Array]] = ()) -> None:
+        x, t, *weight = batch
         y, saved = self.model.forward(x, step=self._step.begin())
-        loss, dy = self.loss(y, t, weight)
+        loss, dy = self.loss(y, t, *weight)
         self.model.backward(dy, saved, need_dx=False)
         for metric, total in metrics:
             metric.update(total, y, t)
-        steps = self._step.state
-        logged = steps.log[steps.position, ...]
         self.optimizer.step(loss)
-        return logged
+
+    @contextlib.contextmanager
+    def _memory(self, who: str, batch_size: int) -> Iterator[None]:
+        """Say what to do where memory runs out, and give back what the step has asked for."""
+        advice = f"the batch size is {batch_size}: choose a smaller one"
+        try:
+            with _memory(who, self.backend, advice):
+                yield
+        except OutOfMemory:
+            self._forget()
+            raise
 
     # ---- many steps ----------------------------------------------------------------------------
 
@@ -203,7 +274,7 @@ class Trainer:
         if epochs < 0:
             raise ValueError(f"fit: expected epochs of at least 0, got {epochs}")
         batch_size = _batch_size("fit", batch_size)
-        with self.backend.activate():
+        with self.backend.activate(), self._memory("fit", batch_size):
             data = self._data("fit", x, t, sample_weight)
             n = data.n - data.n % batch_size * drop_last
             if not n:
@@ -258,15 +329,24 @@ class Trainer:
             order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(data.n)
         order = order[:n]
         starts = np.arange(0, n, batch_size)
-        self.optimizer.plan(len(starts), order)
-        steps = self.optimizer.steps
-        log = steps.log
-        totals = [(metric, metric.start(backend, self.vector.n_models)) for metric in metrics]
+        self.optimizer.plan(len(starts), order, fresh_log=not self._captures)
+        log = self.optimizer.steps.log
+        totals = self._start(metrics)
+        self._begin()
+        feeder = None if data.resident else backend.feeder(data.host, batch_size)
+        kind: Hashable = None
+        if self._captures:
+            kept = self._places([*(total for _, total in totals), *data.arrays])
+            kind = self._settings(metrics), batch_size, kept
         for start in range(0, n, batch_size):
             size = min(batch_size, n - start)
-            with self._begin((size, *data.shape)):
-                x, t, *weight = data.gather(steps, batch_size, size)
-                self._train(x, t, weight[0] if weight else None, totals)
+            self._begin()
+            batch = None if feeder is None else feeder.send(order[start : start + size])
+            work = functools.partial(self._fit_step, data, batch, batch_size, size, totals)
+            whole = kind if size == batch_size else None  # a short last batch isn't worth a graph
+            if whole is not None and batch is not None:
+                whole = whole, places(batch)
+            self._run((size, *data.shape), work, whole)
             if bar is not None:
                 bar.update()
             for callback in callbacks:
@@ -274,6 +354,33 @@ class Trainer:
         share = np.add.reduceat(data.weights(order), starts)
         share /= share.sum() or 1.0
         return _Reading(log, lambda losses: share @ losses.astype(np.float64), totals, n)
+
+    def _fit_step(
+        self,
+        data: _Data,
+        batch: list[Array] | None,
+        batch_size: int,
+        n: int,
+        totals: list[tuple[Metric, Array]],
+    ) -> None:
+        """One step on the next `n` samples: those sent as `batch`, or of the resident data."""
+        if batch is None:
+            batch = self.backend.gather_rows(data.arrays, self._step.state, batch_size, n)
+        self._train(batch, totals)
+
+    def _start(self, metrics: Sequence[Metric]) -> list[tuple[Metric, Array]]:
+        """The metrics, each with its total at the start; in the same place for every graph."""
+        backend, totals = self.backend, []
+        for i, metric in enumerate(metrics):
+            total = metric.start(backend, self.vector.n_models)
+            if self._captures:
+                key = (backend.name, i, total.shape, total.dtype.char)
+                kept = self._totals.setdefault(key, total)
+                if kept is not total:
+                    backend.xp.copyto(kept, total)
+                total = kept
+            totals.append((metric, total))
+        return totals
 
     def evaluate(
         self,
@@ -285,8 +392,8 @@ class Trainer:
         metrics: Sequence[Metric] | None = None,
     ) -> dict[str, Any]:
         """Loss and metrics over a data set, without training; arguments as in `fit`."""
-        with self.backend.activate():
-            batch_size = _batch_size("evaluate", batch_size)
+        batch_size = _batch_size("evaluate", batch_size)
+        with self.backend.activate(), self._memory("evaluate", batch_size):
             data = self._data("evaluate", x, t, sample_weight)
             (record,) = self._read([self._evaluate(data, batch_size, self._metrics(metrics))])
             return record
@@ -320,8 +427,8 @@ class Trainer:
 
     def predict(self, x: Any, *, batch_size: int = 512) -> np.ndarray:
         """The model's outputs on the host, `(N, ...)` or `(K, N, ...)`: logits for `SoftmaxNLL`."""
-        with self.backend.activate():
-            batch_size = _batch_size("predict", batch_size)
+        batch_size = _batch_size("predict", batch_size)
+        with self.backend.activate(), self._memory("predict", batch_size):
             features = self._features("predict", x)
             data = _Data(self.backend, [features])
             outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]
@@ -373,8 +480,15 @@ class _Data:
         self.n = len(arrays[0])
         self.shape = arrays[0].shape[1:]
         self.host = arrays
+        self.arrays: list[Array] = []
         self.resident = backend.fits(sum(a.nbytes for a in arrays))
-        self.arrays = [backend.asarray(a) for a in arrays] if self.resident else arrays
+        if self.resident:
+            try:
+                self.arrays = [backend.asarray(a) for a in arrays]
+            except Exception as error:
+                if backend.out_of_memory(error) is None:
+                    raise
+                self.resident = False  # in pieces too small for it: batch by batch, then
 
     def on(self, backend: Backend) -> _Data:
         """The same data where this backend wants them."""
@@ -386,23 +500,15 @@ class _Data:
         weights = self.host[2][order].astype(np.float64) if weighted else np.ones(len(order))
         return weights if self.factor is None else weights * self.factor[order]
 
-    def gather(self, steps: StepState, batch_size: int, n: int) -> list[Array]:
-        """The batch of the planned step that is next."""
-        if self.resident:
-            return self.backend.gather_rows(self.arrays, steps, batch_size, n)
-        start = steps.position * batch_size
-        assert steps.host_order is not None
-        index, batch = steps.host_order[start : start + n], []
-        for a in self.arrays:
-            out = self.backend.empty((n, *a.shape[1:]), a.dtype)
-            self.backend.upload(a[index], out)
-            batch.append(out)
-        return batch
-
     def slices(self, batch_size: int) -> Iterator[Any]:
         """`(start, arrays)` of consecutive batches, in order."""
+        feeder = None if self.resident else self.backend.feeder(self.host, batch_size)
         for start in range(0, self.n, batch_size):
-            yield start, *(self.backend.asarray(a[start : start + batch_size]) for a in self.arrays)
+            stop = min(start + batch_size, self.n)
+            if feeder is None:
+                yield start, *(a[start:stop] for a in self.arrays)
+            else:
+                yield start, *feeder.send(np.arange(start, stop))
 
 
 class _Reading(NamedTuple):
@@ -412,6 +518,21 @@ class _Reading(NamedTuple):
     mean: Callable[[np.ndarray], Any]  # of the losses, on the host
     totals: list[tuple[Metric, Array]]
     n: int
+
+
+@contextlib.contextmanager
+def _memory(who: str, backend: Backend, advice: str) -> Iterator[None]:
+    """Turn a backend's error of exhausted memory into one that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        said = backend.out_of_memory(error)
+        if said is None:
+            raise
+        raise OutOfMemory(
+            f"{who}: out of device memory: {said}; {advice}, use dtype='float32', or run on "
+            "backend='numpy'"
+        ) from error
 
 
 def _batch_size(who: str, n: Any) -> int:

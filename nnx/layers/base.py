@@ -230,22 +230,32 @@ class Layer:
             array[...] = backend_of(array).asarray(state[name])
 
     def to(self, backend: str | Backend) -> Self:
-        """Move parameters, gradients, buffers and the optimizer's state; returns the layer."""
+        """Move parameters, gradients, buffers and the optimizer's state; returns the layer.
+
+        If there is no room for them, nothing has moved.
+        """
         from nnx.backends import get_backend
 
         target = get_backend(backend) if isinstance(backend, str) else backend
-        for _, p in self.parameters():
-            if p.vector is not None:
-                p.vector.to(target)
-            else:
-                source = backend_of(p.value)
-                p.value = target.asarray(source.to_numpy(p.value))
-                p.grad = target.asarray(source.to_numpy(p.grad))
-        for layer in self.layers():
-            for name in layer.buffer_names:
-                array = getattr(layer, name)
-                if backend_of(array) is not target:
-                    setattr(layer, name, target.asarray(backend_of(array).to_numpy(array)))
+
+        def moved(array: Array) -> Array:
+            return target.asarray(backend_of(array).to_numpy(array))
+
+        parameters = [p for _, p in self.parameters()]
+        vectors = {p.vector: None for p in parameters if p.vector is not None}
+        loose = [(p, moved(p.value), moved(p.grad)) for p in parameters if p.vector is None]
+        buffers = [
+            (layer, name, moved(getattr(layer, name)))
+            for layer in self.layers()
+            for name in layer.buffer_names
+            if backend_of(getattr(layer, name)) is not target
+        ]
+        for vector in vectors:
+            vector.to(target)
+        for p, value, grad in loose:
+            p.value, p.grad = value, grad
+        for layer, name, array in buffers:
+            setattr(layer, name, array)
         return self
 
     def replicate(self, n_models: int) -> Self:

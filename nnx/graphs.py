@@ -1,0 +1,78 @@
+"""Training steps replayed from CUDA graphs: one launch instead of a dozen.
+
+A graph repeats the device's work with the addresses and numbers that it was captured with. So a
+step may be replayed only while everything it reads and writes lies where it lay, and what changes
+from step to step (step number, learning rate, batch position) must be read from device memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
+
+from nnx.backends import Array, StepState
+from nnx.backends.arena import Arena
+from nnx.backends.base import CaptureError, Graph
+
+
+class _Captured(NamedTuple):
+    graph: Graph
+    generation: int  # of the arena's slab, which holds the step's arrays
+
+
+class StepGraphs:
+    """Runs steps: the first of a kind as it is, the second captured, all later ones replayed.
+
+    A kind of step is told by a key: everything that its graph would freeze. A step that can't be
+    captured runs as it is from then on, after one warning.
+    """
+
+    LIMIT = 16
+    """Graphs kept; the oldest goes first."""
+
+    def __init__(self) -> None:
+        self._captured: dict[Hashable, _Captured | None] = {}
+        self._refused = False
+
+    def run(self, key: Hashable, work: Callable[[], Any], state: StepState, arena: Arena) -> None:
+        """Do a step.
+
+        Args:
+            key: What kind of step it is.
+            work: The step.
+            state: Counts it.
+            arena: Where its arrays are.
+        """
+        if self._refused or key not in self._captured:
+            while len(self._captured) >= self.LIMIT:
+                del self._captured[next(iter(self._captured))]
+            self._captured[key] = None
+            work()
+            return
+        known = self._captured[key]
+        if known is not None and known.generation == arena.generation:
+            known.graph.launch()
+            state.count()
+            return
+        try:
+            graph = state.backend.capture(work, state)
+        except CaptureError as error:
+            self._refused = True
+            self._captured.clear()
+            warnings.warn(
+                f"Trainer: the step can't be captured into a graph: {error}; it runs as it is, "
+                "with the same results; pass graph=False, or change what stands in the way",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            arena.restart()
+            work()
+            return
+        self._captured[key] = _Captured(graph, arena.generation)
+        graph.launch()
+
+
+def places(arrays: Iterable[Array | None]) -> Hashable:
+    """Where arrays on a device are, and what they are: part of a key."""
+    return tuple(None if a is None else (int(a.data.ptr), a.shape, a.dtype.char) for a in arrays)
