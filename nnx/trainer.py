@@ -14,6 +14,7 @@ import numpy as np
 
 from nnx.backends import Array, Backend, OutOfMemory, StepState, backend_of, resolve
 from nnx.backends.arena import Arena
+from nnx.backends.base import Feeder
 from nnx.backends.philox import SHUFFLE, check_seed, generator
 from nnx.data.arrays import check_features
 from nnx.graphs import StepGraphs, places
@@ -323,7 +324,6 @@ class Trainer:
         shuffle: bool,
         bar: Any,
     ) -> _Reading:
-        backend = self.backend
         order = np.arange(data.n)
         if shuffle:
             order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(data.n)
@@ -333,7 +333,7 @@ class Trainer:
         log = self.optimizer.steps.log
         totals = self._start(metrics)
         self._begin()
-        feeder = None if data.resident else backend.feeder(data.host, batch_size)
+        feeder = None if data.resident else data.feeder(batch_size)
         kind: Hashable = None
         if self._captures:
             kept = self._places([*(total for _, total in totals), *data.arrays])
@@ -481,6 +481,7 @@ class _Data:
         self.shape = arrays[0].shape[1:]
         self.host = arrays
         self.arrays: list[Array] = []
+        self._feeders: dict[int, Feeder] = {}
         self.resident = backend.fits(sum(a.nbytes for a in arrays))
         if self.resident:
             try:
@@ -500,9 +501,15 @@ class _Data:
         weights = self.host[2][order].astype(np.float64) if weighted else np.ones(len(order))
         return weights if self.factor is None else weights * self.factor[order]
 
+    def feeder(self, batch_size: int) -> Feeder:
+        """What sends batches of this size to the device; the same in every epoch."""
+        if batch_size not in self._feeders:
+            self._feeders[batch_size] = self.backend.feeder(self.host, batch_size)
+        return self._feeders[batch_size]
+
     def slices(self, batch_size: int) -> Iterator[Any]:
         """`(start, arrays)` of consecutive batches, in order."""
-        feeder = None if self.resident else self.backend.feeder(self.host, batch_size)
+        feeder = None if self.resident else self.feeder(batch_size)
         for start in range(0, self.n, batch_size):
             stop = min(start + batch_size, self.n)
             if feeder is None:
