@@ -25,7 +25,7 @@ class Arena:
 
     def __init__(self, xp: ModuleType) -> None:
         self.xp = xp
-        self._slab = xp.empty(0, xp.uint8)
+        self._slab: Any = None
         self._tapes: dict[Hashable, list[tuple[tuple[int, ...], Any, Any, int]]] = {}
         self._tape: list[tuple[tuple[int, ...], Any, Any, int]] = []
         self._next = 0
@@ -37,17 +37,13 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes of the slab."""
-        return int(self._slab.nbytes)
+        return 0 if self._slab is None else int(self._slab.nbytes)
 
     def step(self, key: Hashable) -> Arena:
         """Begin a step; steps of equal `key` (the shape of the batch) ask for the same arrays."""
         self._tape = self._tapes.setdefault(key, [])
-        self.restart()
-        return self
-
-    def restart(self) -> None:
-        """Take everything back: the step begins anew."""
         self._next = 0
+        return self
 
     def __enter__(self) -> None:
         self._outer = running.arena
@@ -60,10 +56,10 @@ class Arena:
         traceback: TracebackType | None,
     ) -> None:
         running.arena = self._outer
-        if self._needed > self.nbytes:
+        if kind is None and self._needed > self.nbytes:
             self._tapes.clear()
             self._tape = []
-            self._slab = self.xp.empty(0, self.xp.uint8)  # freed first: both may not fit
+            self._slab = None  # freed first: both may not fit
             self.generation += 1
             self._slab = self.xp.empty(self._needed, self.xp.uint8)
 

@@ -125,14 +125,14 @@ class StepState:
             fresh_log: Whether the log is a new array, so that views of the last one keep their
                 losses; else it is written over if it has the right size.
         """
-        self._position = 0
-        self.rates = rates
+        self.rewind()  # until all that takes memory is there
         shape = (len(rates),) if n_models is None else (len(rates), n_models)
         if fresh_log or self.log is None or self.log.shape != shape or self.log.dtype != dtype:
             self.log = self.backend.xp.empty(shape, dtype)
         self.log.fill(np.nan)
         self.order = None if order is None else self.backend.asarray(order)
         self.host_order = order
+        self.rates = rates
 
     def rewind(self) -> None:
         """Forget the plan: the next step needs another one."""

@@ -107,12 +107,13 @@ class CupyStepState(StepState):
     ) -> None:
         """As in `StepState`, and on the device."""
         there = self.order
-        super().plan(rates, dtype=dtype, n_models=n_models, fresh_log=fresh_log)
-        self.host_order = order
+        self.rewind()
         self.counters = self._upload(np.array([self.number, 0]), self.counters)
         self.device_rates = self._upload(rates, self.device_rates)
         if order is not None:
-            self.order = self._upload(order.astype(np.int64, copy=False), there)
+            there = self._upload(order.astype(np.int64, copy=False), there)
+        super().plan(rates, dtype=dtype, n_models=n_models, fresh_log=fresh_log)
+        self.order, self.host_order = there, order
 
     def set_rates(self, rates: np.ndarray) -> None:
         """As in `StepState`, and on the device."""

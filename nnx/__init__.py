@@ -1,7 +1,7 @@
 """Neural networks with hand-written forward and backward passes, on NumPy or CuPy by one flag."""
 
 from nnx import backends, data, initializers, layers, losses, metrics, optimizers, schedules
-from nnx.backends import BackendUnavailable, backend_of, get_backend
+from nnx.backends import BackendUnavailable, OutOfMemory, backend_of, get_backend
 from nnx.callbacks import ReduceOnPlateau
 from nnx.check import check_gradients
 from nnx.checkpoint import load, save
@@ -106,6 +106,7 @@ __all__ = [
     "Metric",
     "Mish",
     "Optimizer",
+    "OutOfMemory",
     "Parameter",
     "ParameterVector",
     "Precision",

@@ -30,7 +30,14 @@ from typing import Any, NoReturn, Self
 import numpy as np
 
 import nnx
-from nnx.backends import Backend, BackendUnavailable, available, get_backend, resolve
+from nnx.backends import (
+    Backend,
+    BackendUnavailable,
+    OutOfMemory,
+    available,
+    get_backend,
+    resolve,
+)
 from nnx.data import Dataset, Standardizer, check_features, encode_labels, read_data, read_features
 from nnx.models import ACTIVATIONS
 
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(end="", flush=True)
         except BrokenPipeError:
             raise
-        except (CliError, OSError, KeyboardInterrupt) as error:
+        except (CliError, OSError, OutOfMemory, KeyboardInterrupt) as error:
             return _report(args, error)
     except SystemExit as stop:  # argparse has said everything
         return int(stop.code or 0)
@@ -77,13 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace, error: CliError | OSError | KeyboardInterrupt) -> int:
+def _report(
+    args: argparse.Namespace, error: CliError | OSError | OutOfMemory | KeyboardInterrupt
+) -> int:
     """Say on the standard error why the command ended; returns the exit status."""
     if args.debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         error = CliError("interrupted", 130)
-    elif isinstance(error, OSError):  # no input error, so the disk is full or the like
+    elif not isinstance(error, CliError):  # no input error: the disk or the device is full
         error = CliError(str(error), 1)
     _warn(args, f"{'' if error.status == 130 else 'error: '}{error}")
     return error.status
@@ -174,6 +183,7 @@ class Settings:
         "numpy, cupy, cupy:N (N is the device) or auto (default: NNX_BACKEND, else numpy)",
         metavar="NAME",
     )
+    graph: bool = _flag("training", False, "on a GPU, replay each step from a CUDA graph", bool)
     out: str = _flag("output", "runs", "folder of the runs", metavar="DIR")
     name: str | None = _flag(
         "output", None, "folder of this run in it (default: the data's name and the next number)"
@@ -374,7 +384,12 @@ class Run:
             model = nnx.mlp(
                 widths, activation=s.activation, dropout=s.dropout, seed=s.seed, dtype=s.dtype
             )
-            return nnx.Trainer(model, nnx.SoftmaxNLL(), optimizer, seed=s.seed, backend=backend)
+            return nnx.Trainer(
+                *(model, nnx.SoftmaxNLL(), optimizer),
+                seed=s.seed,
+                backend=backend,
+                graph=s.graph,
+            )
         except MemoryError as error:
             raise ValueError(
                 f"--hidden: expected a model that fits into memory, got widths {widths} ({error}); "

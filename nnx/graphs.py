@@ -66,7 +66,6 @@ class StepGraphs:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            arena.restart()
             work()
             return
         self._captured[key] = _Captured(graph, arena.generation)

@@ -114,14 +114,20 @@ class Trainer:
             )
         self.seed = check_seed(seed)
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        target = resolve(backend, default=backend_of(*(p.value for p in parameters)))
-        with target.activate(), _memory("Trainer", target, "make the model smaller"):
-            model.to(target)
-            vector = parameters[0].vector  # a second trainer for the same model shares the vector
-            if vector is None or vector.parameters != tuple(parameters):
-                vector = ParameterVector(parameters, model.n_models)
-            self.vector = vector
-            optimizer.bind(vector)
+        home = backend_of(*(p.value for p in parameters))
+        target = resolve(backend, default=home)
+        try:
+            with target.activate(), _memory("Trainer", target, "make the model smaller"):
+                model.to(target)
+                vector = parameters[0].vector  # a second trainer for the model shares the vector
+                if vector is None or vector.parameters != tuple(parameters):
+                    vector = ParameterVector(parameters, model.n_models)
+                self.vector = vector
+                optimizer.bind(vector)
+                self._step = Step(self.seed, optimizer.steps, list(model.layers()))
+        except OutOfMemory:
+            model.to(home)
+            raise
         self.history = History()
         self.epoch = 0
         self.graph = graph
@@ -129,7 +135,6 @@ class Trainer:
         self._graphs = StepGraphs()
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._totals: dict[Hashable, Array] = {}
-        self._step = Step(self.seed, optimizer.steps, list(model.layers()))
 
     @property
     def backend(self) -> Backend:

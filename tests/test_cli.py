@@ -170,6 +170,7 @@ def test_config_json_holds_every_setting_and_what_prediction_needs(run: Nnx) -> 
         "seed": 5,
         "dtype": "float32",
         "backend": "numpy",
+        "graph": False,
         "out": "runs",
         "name": None,
         "overwrite": False,

@@ -228,6 +228,25 @@ def test_what_changes_between_steps_is_seen_by_the_graph() -> None:
     same(*runs)
 
 
+def test_a_graph_is_made_anew_when_the_memory_of_its_step_has_moved() -> None:
+    """A larger batch makes a larger slab; the old memory soon belongs to somebody else."""
+    cuda = get_backend("cupy")
+    x, t = data(256)
+    trainer = nnx.Trainer(
+        classifier(), nnx.SoftmaxNLL(), nnx.Adam(warmup), backend="cupy", graph=True
+    )
+
+    def steps(n: int) -> None:
+        for _ in range(4):
+            trainer.train_step(cuda.asarray(x[:n], np.float32), cuda.asarray(t[:n]))
+
+    steps(32)
+    steps(256)
+    others = [cuda.xp.zeros(2**k, np.uint8) for k in range(9, 18) for _ in range(4)]
+    steps(32)
+    assert not any(a.any() for a in others)
+
+
 def test_a_model_that_moved_away_and_back_between_steps_has_a_new_graph() -> None:
     cuda = get_backend("cupy")
     x, t = data(32)
@@ -240,9 +259,9 @@ def test_a_model_that_moved_away_and_back_between_steps_has_a_new_graph() -> Non
             trainer.train_step(cuda.asarray(x, np.float32), cuda.asarray(t))
             if i == 3:
                 trainer.model.to("numpy")
+                kept = cuda.xp.zeros((8, *trainer.vector.value.shape), np.float32)  # not there
                 trainer.model.to("cupy")
-                trash = [cuda.xp.full(trainer.vector.value.shape, np.nan) for _ in range(4)]
-                del trash
+        assert not kept.any()
         runs.append(trainer)
     same(*runs)
 
