@@ -17,7 +17,7 @@ from nnx.backends.arena import Arena
 from nnx.backends.base import Feeder
 from nnx.backends.philox import SHUFFLE, check_seed, generator
 from nnx.data.arrays import check_features
-from nnx.graphs import StepGraphs, places
+from nnx._graphs import StepGraphs, places
 from nnx.layers import Layer, Step
 from nnx.losses import Loss
 from nnx.metrics import Accuracy, Metric
