@@ -15,6 +15,35 @@ typedef unsigned char u8;
 #define WARPS (THREADS / 32)
 #define ALL 0xffffffffu
 
+// V elements that one instruction moves if p is aligned to all of them; 16 bytes by default.
+template <typename T, int V = 16 / sizeof(T)> struct alignas(V * sizeof(T)) Pack { T at[V]; };
+
+template <typename T> constexpr int pack_size = 16 / sizeof(T);
+
+template <typename... T> __device__ inline bool aligned16(const T*... p)
+{
+    return ((... | (u64)p) & 15) == 0;
+}
+
+// Elements p[0] to p[V - 1], of which `left` exist; the others are 0.
+template <int V, typename T> __device__ inline Pack<T, V> load_pack(const T* p, i64 left = V)
+{
+    if (left >= V) return *(const Pack<T, V>*)p;
+    Pack<T, V> v;
+    for (int j = 0; j < V; ++j) v.at[j] = j < left ? p[j] : T(0);
+    return v;
+}
+
+template <int V, typename T>
+__device__ inline void store_pack(T* p, const Pack<T, V>& v, i64 left = V)
+{
+    if (left >= V)
+        *(Pack<T, V>*)p = v;
+    else
+        for (int j = 0; j < V; ++j)
+            if (j < left) p[j] = v.at[j];
+}
+
 __device__ inline void lowest(float& x) { x = __int_as_float(0xff800000); }
 __device__ inline void lowest(double& x) { x = __longlong_as_double(0xfff0000000000000ll); }
 __device__ inline void not_a_number(float& x) { x = __int_as_float(0x7fffffff); }
@@ -51,15 +80,15 @@ template <typename T> __device__ inline T block_sum(T v)
     return total;
 }
 
-// True in every thread of the block that finishes last; it then sees what all others have written.
-// The ticket is an integer, 0 before and 0 after.
-__device__ inline bool last_block(u32* ticket)
+// True in every thread of the block that comes last of n, by default of the grid; it then sees what
+// all others have written. The ticket is an integer, 0 before and 0 after.
+__device__ inline bool last_block(u32* ticket, u32 n = gridDim.x)
 {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+        last = atomicInc(ticket, n - 1) == n - 1;
         __threadfence();
     }
     __syncthreads();
