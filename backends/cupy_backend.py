@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import threading
@@ -37,13 +38,15 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
-# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64" and
-# "f64", "=" before one it writes, "?" behind one that may be None. Scalars: "int", "uint", "float".
+# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64", "f64"
+# and "any", "=" before one it writes, "?" behind one that may be None, "*" behind `(n,)` or `(K, n)`
+# of which only the rows are contiguous: the distance of two rows, 0 for `(n,)`, is the next
+# parameter. Scalars: "int", "uint", "float".
 _KERNELS = {
     "relu": ("relu.cu", "=T =u32 T int"),
     "relu_backward": ("relu.cu", "=T T u32 int"),
-    "bias_relu": ("relu.cu", "=T =u32 T int int"),
-    "bias_backward": ("relu.cu", "=T =T? T u32? int int int"),
+    "bias_relu": ("relu.cu", "=T =u32 T* int int int"),
+    "bias_backward": ("relu.cu", "=T* =T? =T? =u32? T u32? int int int int int int int"),
     "softmax_nll": (
         "softmax_nll.cu",
         "=T =T? =T =u32 T i64? T? T? T? T? T? float float float " + " ".join(["int"] * 9),
@@ -62,7 +65,7 @@ _KERNELS = {
         "optimizers.cu",
         "=T =T =T =T =i64 =u32 T T? f64 u8 f64 float float float float int int",
     ),
-    "gather_rows": ("batch.cu", "=u32? =u32? =u32? u32? u32? u32? i64 i64 int int int int int"),
+    "gather_rows": ("batch.cu", "=any? =any? =any? any? any? any? i64 i64 int int int int int"),
     "count_correct": ("batch.cu", "=i64 T i64 int int int int"),
 }
 _DTYPES = {
@@ -368,15 +371,19 @@ class CupyBackend(XpBackend):
             elif argument is None and kind.endswith("?"):
                 call.append(np.int64(0))
             else:
-                call.append(self._checked(name, kind, dtype, *argument))
+                array = self._checked(name, kind, dtype, *argument)
+                call.append(array)
+                if kind.endswith("*"):
+                    row = array.strides[0] // array.itemsize if array.ndim > 1 else 0
+                    call.append(np.int64(row))
         threads = items * lanes
         grid = min(-(-threads // THREADS), 32 * self._multiprocessors)
         suffix = _SUFFIX[dtype] if dtype is not None else ""
         self._kernel(file, name + suffix)((grid,), (THREADS,), tuple(call))
 
     def _checked(self, name: str, kind: str, dtype: Any, array: Array, size: int) -> Array:
-        plain = kind.strip("=?")
-        expected = dtype if plain == "T" else _DTYPES[plain]
+        plain = kind.strip("=?*")
+        expected = dtype if plain == "T" else _DTYPES.get(plain, array.dtype)
         if array.dtype != expected:
             raise TypeError(f"{name}: expected an array of {expected}, got {array.dtype}")
         if array.size != size:
@@ -385,7 +392,9 @@ class CupyBackend(XpBackend):
             raise ValueError(
                 f"{name}: expected an array on device {self.device}, got one on {array.device.id}"
             )
-        if array.flags.c_contiguous:
+        if array.flags.c_contiguous or (
+            kind.endswith("*") and array.ndim == 2 and array.strides[1] == array.itemsize
+        ):
             return array
         if kind.startswith("="):
             raise ValueError(f"{name}: expected a contiguous output, got strides {array.strides}")
@@ -474,8 +483,8 @@ class CupyBackend(XpBackend):
 
     @_by_kernel("relu.cu")
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
-        """As in `XpBackend`, by a kernel for a single model."""
-        if dy.ndim != 2 or dy.dtype not in _SUFFIX:
+        """As in `XpBackend`, in one launch."""
+        if dy.ndim not in (2, 3) or dy.dtype not in _SUFFIX:
             return super().bias_grad(dy, out, accumulate=accumulate)
         self._bias_backward(dy, None, out, accumulate)
         return out
@@ -487,7 +496,7 @@ class CupyBackend(XpBackend):
         y = self.empty(x.shape, x.dtype)
         mask = self.empty((_words(n),), np.dtype(np.uint32))
         if n:
-            self._launch("relu", x.dtype, n, (y, n), (mask, _words(n)), (x, n), n)
+            self._launch("relu", x.dtype, _packs(x), (y, n), (mask, _words(n)), (x, n), n)
         return y, mask
 
     @_by_kernel("relu.cu")
@@ -498,26 +507,36 @@ class CupyBackend(XpBackend):
         n = dy.size
         dx = self.empty(dy.shape, dy.dtype)
         if n:
-            self._launch("relu_backward", dy.dtype, n, (dx, n), (dy, n), (mask, _words(n)), n)
+            words = (mask, _words(n))
+            self._launch("relu_backward", dy.dtype, _packs(dy), (dx, n), (dy, n), words, n)
         return dx
 
     @_by_kernel("relu.cu")
     def bias_relu(self, z: Array, bias: Array) -> tuple[Array, Array]:
-        """As in `XpBackend`, by a kernel for a single model."""
-        if z.ndim != 2:
+        """As in `XpBackend`, in one launch."""
+        if z.ndim not in (2, 3) or bias.ndim != z.ndim - 1:
             return super().bias_relu(z, bias)
-        n, columns = z.size, z.shape[1]
+        n, (rows, columns) = z.size, z.shape[-2:]
         mask = self.empty((_words(n),), np.dtype(np.uint32))
         if n:
-            words = (mask, _words(n))
-            self._launch("bias_relu", z.dtype, n, (z, n), words, (bias, columns), columns, n)
+            self._launch(
+                "bias_relu",
+                z.dtype,
+                _packs(z),
+                (z, n),
+                (mask, _words(n)),
+                (bias, n // rows),
+                rows,
+                columns,
+                n,
+            )
         return z, mask
 
     @_by_kernel("relu.cu")
     def bias_relu_backward(
         self, dy: Array, mask: Array, dbias: Array, *, accumulate: bool = False
     ) -> Array:
-        """As in `XpBackend`, by a kernel for a single model."""
+        """As in `XpBackend`, in one launch."""
         if mask.dtype == bool:
             return super().bias_relu_backward(dy, mask, dbias, accumulate=accumulate)
         return self._bias_backward(dy, mask, dbias, accumulate)
@@ -525,20 +544,34 @@ class CupyBackend(XpBackend):
     def _bias_backward(
         self, dy: Array, mask: Array | None, dbias: Array, accumulate: bool
     ) -> Array | None:
-        n, (rows, columns) = dy.size, dy.shape
-        dz = None if mask is None else self.empty(dy.shape, dy.dtype)
+        dtype, n, (rows, columns) = dy.dtype, dy.size, dy.shape[-2:]
+        n_models = dbias.size // columns if columns else 0
+        dz = None if mask is None else self.empty(dy.shape, dtype)
+        if not n_models:
+            return dz
+        width, parts, chunks, chunk_rows = _partition(n_models, rows, columns, dtype.itemsize)
+        partial = tickets = None
+        if chunks > 1:
+            sums = self.empty((parts * chunks * _columns(dtype.itemsize),), dtype)
+            partial, tickets = (sums, sums.size), (self._ticket(parts), parts)
         self._launch(
             "bias_backward",
-            dy.dtype,
-            columns,
-            (dbias, columns),
+            dtype,
+            parts * chunks,
+            (dbias, n_models * columns),
             None if dz is None else (dz, n),
+            partial,
+            tickets,
             (dy, n),
             None if mask is None else (mask, _words(n)),
-            rows,
+            n_models,
+            rows * columns,
             columns,
+            width,
+            chunks,
+            chunk_rows,
             accumulate,
-            lanes=WARPS,
+            lanes=THREADS,
         )
         return dz
 
@@ -847,6 +880,36 @@ def _bytes(n: int) -> str:
 def _words(n: int) -> int:
     """32-bit words of a mask of n bits."""
     return (n + 31) // 32
+
+
+def _packs(a: Array) -> int:
+    """16-byte packs of an array."""
+    return -(-a.nbytes // 16)
+
+
+def _columns(itemsize: int) -> int:
+    """Columns that a block of `bias_backward` sums: 32 packs."""
+    return 512 // itemsize
+
+
+@functools.cache
+def _partition(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[int, int, int, int]:
+    """How `bias_backward` divides its sums among blocks: by the shape alone, so that they repeat.
+
+    Returns:
+        Elements that count as one row: several rows where they are narrow, so that a warp has
+        enough to load, and a whole number of 32-byte sectors if possible. Parts that don't meet:
+        models times groups of columns. Chunks of rows in each part, of at least 32 rows; about
+        256 blocks are enough for any GPU. Rows of a chunk.
+    """
+    of_block, sector = _columns(itemsize), 32 // itemsize
+    together, unit = max(of_block // columns, 1), sector // math.gcd(sector, columns)
+    width = columns * (together - together % unit or together)
+    rows = -(-rows * columns // width)
+    parts = n_models * -(-width // of_block)
+    chunks = max(min(rows // 32, 256 // parts), 1)
+    chunk_rows = -(-rows // (chunks * WARPS)) * WARPS
+    return width, parts, max(-(-rows // chunk_rows), 1) if rows else 1, chunk_rows
 
 
 @functools.cache

@@ -44,6 +44,12 @@ __device__ inline void store_pack(T* p, const Pack<T, V>& v, i64 left = V)
             if (j < left) p[j] = v.at[j];
 }
 
+// a / b, neither negative: a 32-bit division where that is enough is several times cheaper.
+__device__ inline i64 quotient(i64 a, i64 b)
+{
+    return (a | b) >> 31 ? a / b : (i64)((u32)a / (u32)b);
+}
+
 __device__ inline void lowest(float& x) { x = __int_as_float(0xff800000); }
 __device__ inline void lowest(double& x) { x = __longlong_as_double(0xfff0000000000000ll); }
 __device__ inline void not_a_number(float& x) { x = __int_as_float(0x7fffffff); }

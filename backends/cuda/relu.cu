@@ -1,82 +1,158 @@
 // ReLU with a bit-packed mask: bit i % 32 of word i / 32 says whether x[i] > 0.
 // The derivative at 0 is 0, NaN stays NaN in forward and selects 0 in backward.
+//
+// A lane takes V elements side by side: 16 bytes of them where pointers and shapes allow, else one.
 
-template <typename T> __device__ inline T rectify(T v) { return v > T(0) ? v : v == v ? T(0) : v; }
+// The V bits of a mask that begin at element i, lowest first, and what lies above them.
+__device__ inline u32 bits_at(const u32* mask, i64 i) { return mask[i / 32] >> (i % 32); }
+
+template <typename T, int V> __device__ inline void select(Pack<T, V>& v, u32 bits)
+{
+    for (int j = 0; j < V; ++j) v.at[j] = bits >> j & 1 ? v.at[j] : T(0);
+}
+
+// y[i] to y[i + V - 1] = max(v, 0), and their bits: 32 / V lanes make a word, the first stores it.
+// Called by whole warps, with i >= n too.
+template <typename T, int V>
+__device__ inline void rectify(T* y, u32* mask, Pack<T, V> v, i64 i, i64 n)
+{
+    u32 bits = 0;
+    for (int j = 0; j < V; ++j) {
+        T a = v.at[j];
+        bits |= (u32)(a > T(0)) << j;
+        v.at[j] = a > T(0) ? a : a == a ? T(0) : a;
+    }
+    store_pack(y + i, v, n - i);
+    if (V == 1) {
+        bits = __ballot_sync(ALL, bits);
+    } else {
+        bits <<= i % 32;
+        for (int lane = 1; lane < 32 / V; lane *= 2) bits |= __shfl_xor_sync(ALL, bits, lane);
+    }
+    if (i % 32 == 0 && i < n) mask[i / 32] = bits;
+}
 
 // y[i] = max(x[i], 0). mask holds ceil(n / 32) words; y may be x.
-template <typename T> __device__ void relu(T* y, u32* mask, const T* x, i64 n)
+template <int V, typename T> __device__ void relu(T* y, u32* mask, const T* x, i64 n)
 {
-    i64 step = (i64)gridDim.x * THREADS;
-    for (i64 first = (i64)blockIdx.x * THREADS; first < n; first += step) { // same count in a block
-        i64 i = first + threadIdx.x;
-        T v = i < n ? x[i] : T(0);
-        u32 word = __ballot_sync(ALL, v > T(0));
-        if (i < n) {
-            y[i] = rectify(v);
-            if (i % 32 == 0) mask[i / 32] = word;
-        }
+    i64 step = (i64)gridDim.x * THREADS * V;
+    for (i64 first = (i64)blockIdx.x * THREADS * V; first < n; first += step) { // same in a block
+        i64 i = first + threadIdx.x * V;
+        rectify(y, mask, load_pack<V>(x + i, n - i), i, n);
     }
 }
-
-__device__ inline bool bit(const u32* mask, i64 i) { return mask[i / 32] >> (i % 32) & 1; }
 
 // dx[i] = dy[i] where the mask is set, else 0: a selection. dx may be dy.
-template <typename T> __device__ void relu_backward(T* dx, const T* dy, const u32* mask, i64 n)
+template <int V, typename T>
+__device__ void relu_backward(T* dx, const T* dy, const u32* mask, i64 n)
 {
-    i64 step = (i64)gridDim.x * THREADS;
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < n; i += step)
-        dx[i] = bit(mask, i) ? dy[i] : T(0);
-}
-
-// z[r, c] = max(z[r, c] + bias[c], 0) in place; z is (n_rows, n_columns) with n elements.
-template <typename T>
-__device__ void bias_relu(T* z, u32* mask, const T* bias, i64 n_columns, i64 n)
-{
-    i64 step = (i64)gridDim.x * THREADS;
-    for (i64 first = (i64)blockIdx.x * THREADS; first < n; first += step) {
-        i64 i = first + threadIdx.x;
-        // a 32-bit remainder is several times cheaper
-        i64 c = n >> 31 ? i % n_columns : (i64)((u32)i % (u32)n_columns);
-        T v = i < n ? z[i] + bias[c] : T(0);
-        u32 word = __ballot_sync(ALL, v > T(0));
-        if (i < n) {
-            z[i] = rectify(v);
-            if (i % 32 == 0) mask[i / 32] = word;
-        }
+    i64 step = (i64)gridDim.x * THREADS * V;
+    for (i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) * V; i < n; i += step) {
+        Pack<T, V> v = load_pack<V>(dy + i, n - i);
+        select(v, bits_at(mask, i));
+        store_pack(dx + i, v, n - i);
     }
 }
 
-// Sum of dy (n_rows, n_columns) over rows into dbias, added to it if accumulate. With a mask, dy
-// goes through the ReLU first: the selected values are summed, and written to dz.
-// A block takes 32 columns; its 8 warps take every 8th row. That order never changes, so the sum
-// has the same bits with and without a mask.
-template <typename T>
-__device__ void bias_backward(T* dbias, T* dz, const T* dy, const u32* mask, i64 n_rows,
-                              i64 n_columns, i64 accumulate)
+// z[k, r, c] = max(z[k, r, c] + bias[k, c], 0) in place, n elements; bias[k] begins at k * stride.
+// If V > 1 it divides n_columns.
+template <int V, typename T>
+__device__ void bias_relu(T* z, u32* mask, const T* bias, i64 stride, i64 n_rows, i64 n_columns,
+                          i64 n)
 {
-    __shared__ T partial[WARPS][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (i64 first = (i64)blockIdx.x * 32; first < n_columns; first += (i64)gridDim.x * 32) {
-        i64 c = first + lane;
-        T sum = T(0);
-        if (c < n_columns) {
-            for (i64 r = warp; r < n_rows; r += WARPS) {
-                i64 i = r * n_columns + c;
-                T v = dy[i];
-                if (mask) {
-                    v = bit(mask, i) ? v : T(0);
-                    dz[i] = v;
+    i64 step = (i64)gridDim.x * THREADS * V;
+    for (i64 first = (i64)blockIdx.x * THREADS * V; first < n; first += step) {
+        i64 i = first + threadIdx.x * V;
+        Pack<T, V> v = load_pack<V>(z + i, n - i);
+        if (i < n) {
+            i64 row = quotient(i, n_columns), model = stride ? quotient(row, n_rows) : 0;
+            Pack<T, V> b = load_pack<V>(bias + model * stride + (i - row * n_columns));
+            for (int j = 0; j < V; ++j) v.at[j] += b.at[j];
+        }
+        rectify(z, mask, v, i, n);
+    }
+}
+
+// Column sums of dy (n_models, n_rows, n_columns) into dbias, added to it if accumulate; dbias[k]
+// begins at k * stride. With a mask, dy goes through the ReLU first: the selected values are summed,
+// and written to dz.
+//
+// Of a model's n elements, `width` count as a row: n_columns, or, if they are few, a multiple.
+// A block takes 32 packs of columns of `chunk_rows` rows, its 8 warps every 8th row. If there are
+// several chunks, each stores its sums in `partial`, and the last to do so adds them up. So a sum
+// has one order, with and without a mask, aligned or not. If V > 1 it divides n and width.
+template <int V, typename T>
+__device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* partial, u32* tickets,
+                              const T* __restrict__ dy, const u32* __restrict__ mask, i64 n_models,
+                              i64 n, i64 n_columns, i64 width, i64 n_chunks, i64 chunk_rows,
+                              bool accumulate)
+{
+    constexpr int packs = pack_size<T> / V; // of a lane
+    constexpr int columns = 32 * V * packs; // of a block
+    constexpr int ahead = 4 / packs;        // rows that are loaded before the first is added
+    __shared__ alignas(16) T sums[WARPS][columns];
+    int t = threadIdx.x, lane = t % 32, warp = t / 32;
+    auto over_warps = [&] {
+        __syncthreads();
+        T total = T(0);
+        for (int w = 0; w < WARPS && t < columns; ++w) total += sums[w][t];
+        __syncthreads();
+        return total;
+    };
+    i64 n_parts = n_models * ((width + columns - 1) / columns);
+    for (i64 item = blockIdx.x; item < n_parts * n_chunks; item += gridDim.x) {
+        i64 part = item / n_chunks, chunk = item - part * n_chunks;
+        i64 model = part / (n_parts / n_models), start = model * n;
+        i64 first = (part - model * (n_parts / n_models)) * columns;
+        i64 stop = (n + width - 1) / width;
+        stop = min(stop, (chunk + 1) * chunk_rows);
+        Pack<T, V> sum[packs] = {};
+        for (i64 r = chunk * chunk_rows + warp; r < stop; r += ahead * WARPS) {
+            Pack<T, V> v[ahead][packs];
+            i64 at[ahead][packs];
+            u32 bits[ahead][packs];
+            for (int j = 0; j < ahead; ++j) { // beyond the end, the last pack again, as zeros
+                for (int k = 0; k < packs; ++k) {
+                    i64 row = r + j * WARPS, c = first + (k * 32 + lane) * V;
+                    i64 i = min(min(row, stop - 1) * width + min(c, width - V), n - V);
+                    bool inside = i == row * width + c;
+                    at[j][k] = inside ? start + i : -1;
+                    v[j][k] = load_pack<V>(dy + start + i);
+                    bits[j][k] = mask ? bits_at(mask, start + i) : ALL;
+                    if (!inside) bits[j][k] = 0;
                 }
-                sum += v;
+            }
+            for (int j = 0; j < ahead; ++j) {
+                for (int k = 0; k < packs; ++k) {
+                    select(v[j][k], bits[j][k]);
+                    if (mask && at[j][k] >= 0) store_pack(dz + at[j][k], v[j][k]);
+                    for (int e = 0; e < V; ++e) sum[k].at[e] += v[j][k].at[e];
+                }
             }
         }
-        partial[warp][lane] = sum;
+        for (int k = 0; k < packs; ++k) store_pack(&sums[warp][(k * 32 + lane) * V], sum[k]);
+        T total = over_warps();
+        bool mine = t < columns && first + t < width;
+        if (n_chunks > 1) {
+            T* chunks = partial + part * n_chunks * columns;
+            if (mine) chunks[chunk * columns + t] = total;
+            if (!last_block(tickets + part, (u32)n_chunks)) continue;
+            T s[pack_size<T>] = {};
+#pragma unroll 4
+            for (i64 h = warp; h < n_chunks; h += WARPS)
+                for (int k = 0; k < pack_size<T>; ++k)
+                    if (first + k * 32 + lane < width)
+                        s[k] += read_shared(chunks + h * columns + k * 32 + lane);
+            for (int k = 0; k < pack_size<T>; ++k) sums[warp][k * 32 + lane] = s[k];
+            total = over_warps();
+        }
+        if (mine) sums[0][t] = total;
         __syncthreads();
-        if (warp == 0 && c < n_columns) {
-            T total = accumulate ? dbias[c] : T(0);
-            T column = partial[0][lane];
-            for (int w = 1; w < WARPS; ++w) column += partial[w][lane];
-            dbias[c] = total + column;
+        if (mine && t < n_columns) {
+            for (i64 c = t + n_columns; c < columns && first + c < width; c += n_columns)
+                total += sums[0][c];
+            T* out = dbias + model * stride + first + t;
+            *out = accumulate ? *out + total : total;
         }
         __syncthreads();
     }
@@ -85,20 +161,36 @@ __device__ void bias_backward(T* dbias, T* dz, const T* dy, const u32* mask, i64
 #define INSTANTIATE(T, S)                                                                         \
     extern "C" __global__ void relu_##S(T* y, u32* mask, const T* x, i64 n)                       \
     {                                                                                             \
-        relu(y, mask, x, n);                                                                      \
+        if (aligned16(y, x))                                                                      \
+            relu<pack_size<T>>(y, mask, x, n);                                                    \
+        else                                                                                      \
+            relu<1>(y, mask, x, n);                                                               \
     }                                                                                             \
     extern "C" __global__ void relu_backward_##S(T* dx, const T* dy, const u32* mask, i64 n)      \
     {                                                                                             \
-        relu_backward(dx, dy, mask, n);                                                           \
+        if (aligned16(dx, dy))                                                                    \
+            relu_backward<pack_size<T>>(dx, dy, mask, n);                                         \
+        else                                                                                      \
+            relu_backward<1>(dx, dy, mask, n);                                                    \
     }                                                                                             \
-    extern "C" __global__ void bias_relu_##S(T* z, u32* mask, const T* bias, i64 columns, i64 n)  \
+    extern "C" __global__ void bias_relu_##S(T* z, u32* mask, const T* bias, i64 stride,          \
+                                             i64 rows, i64 columns, i64 n)                        \
     {                                                                                             \
-        bias_relu(z, mask, bias, columns, n);                                                     \
+        if (aligned16(z, bias, bias + stride) && columns % pack_size<T> == 0)                     \
+            bias_relu<pack_size<T>>(z, mask, bias, stride, rows, columns, n);                     \
+        else                                                                                      \
+            bias_relu<1>(z, mask, bias, stride, rows, columns, n);                                \
     }                                                                                             \
-    extern "C" __global__ void bias_backward_##S(T* dbias, T* dz, const T* dy, const u32* mask,   \
-                                                 i64 rows, i64 columns, i64 accumulate)           \
+    extern "C" __global__ void bias_backward_##S(                                                 \
+        T* dbias, i64 stride, T* dz, T* partial, u32* tickets, const T* dy, const u32* mask,      \
+        i64 models, i64 n, i64 columns, i64 width, i64 chunks, i64 chunk_rows, i64 accumulate)    \
     {                                                                                             \
-        bias_backward(dbias, dz, dy, mask, rows, columns, accumulate);                            \
+        if (aligned16(dz, dy) && n % pack_size<T> == 0 && width % pack_size<T> == 0)              \
+            bias_backward<pack_size<T>>(dbias, stride, dz, partial, tickets, dy, mask, models, n, \
+                                        columns, width, chunks, chunk_rows, accumulate);          \
+        else                                                                                      \
+            bias_backward<1>(dbias, stride, dz, partial, tickets, dy, mask, models, n, columns,   \
+                             width, chunks, chunk_rows, accumulate);                              \
     }
 INSTANTIATE(float, f32)
 INSTANTIATE(double, f64)
