@@ -38,10 +38,10 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
-# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64", "f64"
-# and "any", "=" before one it writes, "?" behind one that may be None, "*" behind `(n,)` or `(K, n)`
-# of which only the rows are contiguous: the distance of two rows, 0 for `(n,)`, is the next
-# parameter. Scalars: "int", "uint", "float".
+# Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64",
+# "f64" and "any", "=" before one it writes, "?" behind one that may be None, "*" behind `(n,)` or
+# `(K, n)` of which the rows alone need be contiguous: the next parameter is their distance, 0 for
+# `(n,)`. Scalars: "int", "uint", "float".
 _KERNELS = {
     "relu": ("relu.cu", "=T =u32 T int"),
     "relu_backward": ("relu.cu", "=T T u32 int"),
@@ -725,7 +725,7 @@ class CupyBackend(XpBackend):
         if n:
             scale = 1 / (1 - p) if p < 1 else 1.0
             kept = (mask, (n + 7) // 8)
-            self._launch("dropout_backward", dy.dtype, n, (dx, n), (dy, n), kept, scale, n)
+            self._launch("dropout_backward", dy.dtype, _packs(dy), (dx, n), (dy, n), kept, scale, n)
         return dx
 
     # ---- optimizers ----------------------------------------------------------------------------
@@ -815,26 +815,25 @@ class CupyBackend(XpBackend):
     ) -> list[Array]:
         """As in `XpBackend`, all sources in one launch."""
         assert isinstance(state, CupyStepState)
-        widths = [a.nbytes // len(a) if len(a) else 1 for a in sources]
-        if len(sources) > 3 or any(w % 4 for w in widths):
+        if len(sources) > 3:
             return super().gather_rows(sources, state, batch_size, n)
         batch = [self.empty((n, *a.shape[1:]), a.dtype) for a in sources]
-        words = [w // 4 for w in widths] + [0] * (3 - len(sources))
-
-        def as_words(arrays: Sequence[Array]) -> list[tuple[Array, int] | None]:
-            views = [a.reshape(-1).view(np.uint32) for a in arrays]
-            return [(v, v.size) for v in views] + [None] * (3 - len(views))
-
-        if n:
+        unused = [None] * (3 - len(sources))
+        widths = [a.nbytes // max(len(a), 1) for a in sources]
+        words = n * sum(-(-width // 16) for width in widths)
+        if words:
             self._launch(
                 "gather_rows",
                 None,
-                n * sum(words),
-                *as_words(batch),
-                *as_words(sources),
+                words,
+                *((a, a.size) for a in batch),
+                *unused,
+                *((a, a.size) for a in sources),
+                *unused,
                 (state.order, state.order.size),
                 (state.counters, 2),
-                *words,
+                *widths,
+                *(0 for _ in unused),
                 batch_size,
                 n,
             )
@@ -884,7 +883,7 @@ def _words(n: int) -> int:
 
 def _packs(a: Array) -> int:
     """16-byte packs of an array."""
-    return -(-a.nbytes // 16)
+    return -(-int(a.nbytes) // 16)
 
 
 def _columns(itemsize: int) -> int:

@@ -15,21 +15,32 @@ typedef unsigned char u8;
 #define WARPS (THREADS / 32)
 #define ALL 0xffffffffu
 
-// V elements that one instruction moves if p is aligned to all of them; 16 bytes by default.
-template <typename T, int V = 16 / sizeof(T)> struct alignas(V * sizeof(T)) Pack { T at[V]; };
-
+// V elements side by side: pack_size<T>, moved by one instruction of 16 bytes, or 1.
 template <typename T> constexpr int pack_size = 16 / sizeof(T);
+template <typename T, int V = pack_size<T>> struct alignas(V * sizeof(T)) Pack { T at[V]; };
 
 template <typename... T> __device__ inline bool aligned16(const T*... p)
 {
     return ((... | (u64)p) & 15) == 0;
 }
 
-// Elements p[0] to p[V - 1], of which `left` exist; the others are 0.
+// With these the compiler doesn't take a pack apart, as it does now and then.
+__device__ inline float4 vector_of(const Pack<float>& v)
+{
+    return make_float4(v.at[0], v.at[1], v.at[2], v.at[3]);
+}
+__device__ inline double2 vector_of(const Pack<double>& v) { return make_double2(v.at[0], v.at[1]); }
+__device__ inline Pack<float> pack_of(const float4& w) { return {{w.x, w.y, w.z, w.w}}; }
+__device__ inline Pack<double> pack_of(const double2& w) { return {{w.x, w.y}}; }
+
+// Elements p[0] to p[V - 1] in global memory, of which `left` exist; the others are 0. p is aligned
+// to 16 bytes unless V is 1.
 template <int V, typename T> __device__ inline Pack<T, V> load_pack(const T* p, i64 left = V)
 {
-    if (left >= V) return *(const Pack<T, V>*)p;
     Pack<T, V> v;
+    if constexpr (V > 1) {
+        if (left >= V) return pack_of(__ldca((const decltype(vector_of(v))*)p));
+    }
     for (int j = 0; j < V; ++j) v.at[j] = j < left ? p[j] : T(0);
     return v;
 }
@@ -37,11 +48,11 @@ template <int V, typename T> __device__ inline Pack<T, V> load_pack(const T* p, 
 template <int V, typename T>
 __device__ inline void store_pack(T* p, const Pack<T, V>& v, i64 left = V)
 {
-    if (left >= V)
-        *(Pack<T, V>*)p = v;
-    else
-        for (int j = 0; j < V; ++j)
-            if (j < left) p[j] = v.at[j];
+    if constexpr (V > 1) {
+        if (left >= V) return __stwb((decltype(vector_of(v))*)p, vector_of(v));
+    }
+    for (int j = 0; j < V; ++j)
+        if (j < left) p[j] = v.at[j];
 }
 
 // a / b, neither negative: a 32-bit division where that is enough is several times cheaper.

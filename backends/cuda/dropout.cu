@@ -21,39 +21,52 @@ __device__ inline Block philox(u64 index, u64 use, u64 step, u64 seed, u64 strea
     return {{c0, c1, c2, c3}};
 }
 
-// y[i] = kept ? x[i] * scale : 0. One thread makes one Philox block, eight 32-bit words, and with
-// them one byte of the mask: bit i % 8 of byte i / 8 is set where x[i] is kept. NumPy's first block
-// is at counter 1. counters[0] is the number of the step.
-template <typename T>
+template <typename T, int V> __device__ inline void drop(Pack<T, V>& v, u32 kept, T factor)
+{
+    for (int j = 0; j < V; ++j) v.at[j] = kept >> j & 1 ? v.at[j] * factor : T(0);
+}
+
+// y[i] = kept ? x[i] * scale : 0. A lane makes one Philox block, eight 32-bit words, and with them
+// one byte of the mask: bit i % 8 of byte i / 8 is set where x[i] is kept. Then the warp goes through
+// its 256 elements, V to a lane, so that neighbors load from neighboring addresses.
+// NumPy's first block is at counter 1. counters[0] is the number of the step.
+template <int V, typename T>
 __device__ void dropout(T* y, u8* mask, const T* x, const i64* counters, u64 seed, u64 stream,
                         u64 use, u64 threshold, double scale, i64 n)
 {
     u64 number = (u64)counters[0];
     T factor = T(scale);
+    int lane = threadIdx.x % 32;
     i64 step = (i64)gridDim.x * THREADS, n_blocks = (n + 7) / 8;
-    for (i64 b = (i64)blockIdx.x * THREADS + threadIdx.x; b < n_blocks; b += step) {
+    for (i64 b = (i64)blockIdx.x * THREADS + threadIdx.x; b - lane < n_blocks; b += step) {
         Block random = philox((u64)b + 1, use, number, seed, stream);
         u32 kept = 0;
         for (int j = 0; j < 8; ++j) {
             u64 word = random.word[j / 2] >> (j % 2 * 32) & ALL; // low half first
             if (word >= threshold) kept |= 1u << j;
         }
-        for (int j = 0; j < 8; ++j) {
-            i64 i = b * 8 + j;
-            if (i < n) y[i] = kept >> j & 1 ? x[i] * factor : T(0);
+        if (b < n_blocks) mask[b] = (u8)kept;
+        for (int e = lane * V; e < 256; e += 32 * V) { // element of the warp
+            u32 bits = __shfl_sync(ALL, kept, e / 8) >> e % 8;
+            i64 i = (b - lane) * 8 + e;
+            Pack<T, V> v = load_pack<V>(x + i, n - i);
+            drop(v, bits, factor);
+            store_pack(y + i, v, n - i);
         }
-        mask[b] = (u8)kept;
     }
 }
 
 // dx[i] = kept ? dy[i] * scale : 0.
-template <typename T>
+template <int V, typename T>
 __device__ void dropout_backward(T* dx, const T* dy, const u8* mask, double scale, i64 n)
 {
     T factor = T(scale);
-    i64 step = (i64)gridDim.x * THREADS;
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < n; i += step)
-        dx[i] = mask[i / 8] >> (i % 8) & 1 ? dy[i] * factor : T(0);
+    i64 step = (i64)gridDim.x * THREADS * V;
+    for (i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) * V; i < n; i += step) {
+        Pack<T, V> v = load_pack<V>(dy + i, n - i);
+        drop(v, (u32)mask[i / 8] >> i % 8, factor);
+        store_pack(dx + i, v, n - i);
+    }
 }
 
 #define INSTANTIATE(T, S)                                                                         \
@@ -61,12 +74,18 @@ __device__ void dropout_backward(T* dx, const T* dy, const u8* mask, double scal
                                            u64 seed, u64 stream, u64 use, u64 threshold,          \
                                            double scale, i64 n)                                   \
     {                                                                                             \
-        dropout(y, mask, x, counters, seed, stream, use, threshold, scale, n);                    \
+        if (aligned16(y, x))                                                                      \
+            dropout<pack_size<T>>(y, mask, x, counters, seed, stream, use, threshold, scale, n);  \
+        else                                                                                      \
+            dropout<1>(y, mask, x, counters, seed, stream, use, threshold, scale, n);             \
     }                                                                                             \
     extern "C" __global__ void dropout_backward_##S(T* dx, const T* dy, const u8* mask,           \
                                                     double scale, i64 n)                          \
     {                                                                                             \
-        dropout_backward(dx, dy, mask, scale, n);                                                 \
+        if (aligned16(dx, dy))                                                                    \
+            dropout_backward<pack_size<T>>(dx, dy, mask, scale, n);                               \
+        else                                                                                      \
+            dropout_backward<1>(dx, dy, mask, scale, n);                                          \
     }
 INSTANTIATE(float, f32)
 INSTANTIATE(double, f64)

@@ -90,7 +90,7 @@ __device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* parti
     constexpr int packs = pack_size<T> / V; // of a lane
     constexpr int columns = 32 * V * packs; // of a block
     constexpr int ahead = 4 / packs;        // rows that are loaded before the first is added
-    __shared__ alignas(16) T sums[WARPS][columns];
+    __shared__ T sums[WARPS][columns];
     int t = threadIdx.x, lane = t % 32, warp = t / 32;
     auto over_warps = [&] {
         __syncthreads();
@@ -108,18 +108,15 @@ __device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* parti
         stop = min(stop, (chunk + 1) * chunk_rows);
         Pack<T, V> sum[packs] = {};
         for (i64 r = chunk * chunk_rows + warp; r < stop; r += ahead * WARPS) {
-            Pack<T, V> v[ahead][packs];
+            Pack<T, V> v[ahead][packs] = {};
             i64 at[ahead][packs];
             u32 bits[ahead][packs];
-            for (int j = 0; j < ahead; ++j) { // beyond the end, the last pack again, as zeros
+            for (int j = 0; j < ahead; ++j) {
                 for (int k = 0; k < packs; ++k) {
-                    i64 row = r + j * WARPS, c = first + (k * 32 + lane) * V;
-                    i64 i = min(min(row, stop - 1) * width + min(c, width - V), n - V);
-                    bool inside = i == row * width + c;
-                    at[j][k] = inside ? start + i : -1;
-                    v[j][k] = load_pack<V>(dy + start + i);
-                    bits[j][k] = mask ? bits_at(mask, start + i) : ALL;
-                    if (!inside) bits[j][k] = 0;
+                    i64 row = r + j * WARPS, c = first + (k * 32 + lane) * V, i = row * width + c;
+                    at[j][k] = row < stop && c < width && i < n ? start + i : -1;
+                    if (at[j][k] >= 0) v[j][k] = load_pack<V>(dy + at[j][k]);
+                    bits[j][k] = mask && at[j][k] >= 0 ? bits_at(mask, at[j][k]) : ALL;
                 }
             }
             for (int j = 0; j < ahead; ++j) {
@@ -130,7 +127,8 @@ __device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* parti
                 }
             }
         }
-        for (int k = 0; k < packs; ++k) store_pack(&sums[warp][(k * 32 + lane) * V], sum[k]);
+        for (int k = 0; k < packs; ++k)
+            for (int e = 0; e < V; ++e) sums[warp][(k * 32 + lane) * V + e] = sum[k].at[e];
         T total = over_warps();
         bool mine = t < columns && first + t < width;
         if (n_chunks > 1) {
