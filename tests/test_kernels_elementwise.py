@@ -298,7 +298,7 @@ def moved(call: Callable[[], Any], name: str, dtype: Any = None) -> int:
 def test_bytes_of_elementwise_kernels(shape: tuple[int, ...], dtype: Any) -> None:
     cuda = get_backend("cupy")
     x = cuda.xp.ones(shape, dtype)
-    bias = cuda.xp.ones(shape[:-2] + shape[-1:], dtype)
+    bias = rows_of_models(np.ones(shape[:-2] + shape[-1:], dtype))
     state = cuda.step_state()
     state.plan(np.zeros(1), dtype=dtype)
     _, mask = cuda.relu(x)
@@ -328,7 +328,7 @@ def test_bytes_of_elementwise_kernels(shape: tuple[int, ...], dtype: Any) -> Non
 def test_bytes_of_bias_gradients(shape: tuple[int, ...], dtype: Any) -> None:
     cuda = get_backend("cupy")
     dy = cuda.xp.ones(shape, dtype)
-    dbias = cuda.xp.ones(shape[:-2] + shape[-1:], dtype)
+    dbias = rows_of_models(np.ones(shape[:-2] + shape[-1:], dtype))
     _, mask = cuda.relu(dy)
     # without a mask: dy is read, dbias written; the partial sums are what the bound leaves room for
     least = dy.nbytes + dbias.nbytes

@@ -99,13 +99,11 @@ __device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* parti
         __syncthreads();
         return total;
     };
-    i64 n_parts = n_models * ((width + columns - 1) / columns);
-    for (i64 item = blockIdx.x; item < n_parts * n_chunks; item += gridDim.x) {
+    i64 n_groups = (width + columns - 1) / columns, n_rows = (n + width - 1) / width;
+    for (i64 item = blockIdx.x; item < n_models * n_groups * n_chunks; item += gridDim.x) {
         i64 part = item / n_chunks, chunk = item - part * n_chunks;
-        i64 model = part / (n_parts / n_models), start = model * n;
-        i64 first = (part - model * (n_parts / n_models)) * columns;
-        i64 stop = (n + width - 1) / width;
-        stop = min(stop, (chunk + 1) * chunk_rows);
+        i64 model = part / n_groups, start = model * n, first = (part - model * n_groups) * columns;
+        i64 stop = min(n_rows, (chunk + 1) * chunk_rows);
         Pack<T, V> sum[packs] = {};
         for (i64 r = chunk * chunk_rows + warp; r < stop; r += ahead * WARPS) {
             Pack<T, V> v[ahead][packs] = {};
