@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nnx._graphs import StepGraphs, places
 from nnx.backends import Array, Backend, OutOfMemory, StepState, backend_of, resolve
 from nnx.backends.arena import Arena
 from nnx.backends.base import Feeder
 from nnx.backends.philox import SHUFFLE, check_seed, generator
 from nnx.data.arrays import check_features
-from nnx._graphs import StepGraphs, places
 from nnx.layers import Layer, Step
 from nnx.losses import Loss
 from nnx.metrics import Accuracy, Metric

@@ -104,6 +104,23 @@ def test_a_step_neither_waits_nor_allocates_after_the_first(optimizer: nnx.Optim
     assert len({float(loss) for loss in losses}) == 3  # each is a view of its own
 
 
+def test_a_step_of_several_models_is_as_quiet_and_as_short_as_that_of_one() -> None:
+    launches = []
+    for n_models in (None, 3):
+        model = nnx.mlp([20, 33, 32, 5], dropout=0.5)
+        if n_models:
+            model = model.replicate(n_models)
+        loss = nnx.SoftmaxNLL(n_models=n_models)
+        trainer = nnx.Trainer(model, loss, nnx.Adam(1e-2), backend="cupy", seed=3)
+        x, t = batch(32)
+        trainer.train_step(x, t)
+        with counted() as counts:
+            trainer.train_step(x, t)
+        quiet(counts)
+        launches.append(counts.total)
+    assert launches[0] == launches[1]
+
+
 @pytest.mark.parametrize("activation", [nnx.Sigmoid, nnx.Tanh])
 def test_layers_without_kernels_are_quiet_too(activation: type[nnx.Layer]) -> None:
     cuda, rng = get_backend("cupy"), np.random.default_rng(0)
