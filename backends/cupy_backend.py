@@ -35,6 +35,7 @@ from nnx.backends.philox import drop_threshold
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
@@ -335,10 +336,12 @@ class CupyBackend(XpBackend):
 
     def out_of_memory(self, error: BaseException) -> str | None:
         """As in `XpBackend`."""
-        if not isinstance(error, self.xp.cuda.memory.OutOfMemoryError):
-            return None
+        cuda = self.xp.cuda
+        refused = isinstance(error, cuda.runtime.CUDARuntimeError) and error.status == _NO_MEMORY
+        if not (refused or isinstance(error, cuda.memory.OutOfMemoryError)):
+            return None  # CuPy's own error, or without its pool CUDA's
         with self.activate():
-            free, total = self.xp.cuda.runtime.memGetInfo()
+            free, total = cuda.runtime.memGetInfo()
             pooled = self.xp.get_default_memory_pool().free_bytes()
         needed = getattr(error, "_size", None)
         asked = str(error) if needed is None else f"{_bytes(needed)} more were needed"
