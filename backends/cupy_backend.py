@@ -25,6 +25,8 @@ from nnx.backends.base import (
     Array,
     BackendUnavailable,
     CaptureError,
+    Feeder,
+    Graph,
     Groups,
     StepState,
     XpBackend,
@@ -298,11 +300,11 @@ class CupyBackend(XpBackend):
         with self.activate():
             return CupyStepState(self)
 
-    def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> CupyFeeder:
+    def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> Feeder:
         """As in `XpBackend`, by way of pinned memory and a stream of its own."""
         return CupyFeeder(self, sources, batch_size)
 
-    def capture(self, work: Callable[[], Any], state: StepState) -> CupyGraph:
+    def capture(self, work: Callable[[], Any], state: StepState) -> Graph:
         """As in `XpBackend`. What `work` allocates comes from a pool that belongs to the graph."""
         cuda = self.xp.cuda
         number, now, stream = state.number, cuda.get_current_stream(), self._capture_stream
