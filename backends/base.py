@@ -200,6 +200,48 @@ class Backend(Protocol):
         self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
     ) -> tuple[Array, Array]: ...
     def dropout_backward(self, dy: Array, mask: Array, p: float) -> Array: ...
+    def layer_norm(
+        self, x: Array, weight: Array | None, bias: Array | None, *, eps: float, centered: bool
+    ) -> tuple[Array, Array | None, Array]: ...
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array | None,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None: ...
+    def batch_norm(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        running_mean: Array,
+        running_var: Array,
+        *,
+        eps: float,
+        momentum: float,
+        training: bool,
+    ) -> tuple[Array, Array, Array]: ...
+    def batch_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        training: bool,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None: ...
     def sgd(
         self,
         value: Array,
@@ -357,8 +399,8 @@ class XpBackend:
     Attributes:
         graphs: Whether `capture` can work.
 
-    Arrays named `out`, `total`, `dbias`, `value`, `velocity`, `m`, `v` and `z` are written; no
-    other argument ever is. Masks are opaque to callers.
+    Arrays named `out`, `total`, `dweight`, `dbias`, `value`, `velocity`, `m`, `v`, `z` and
+    `running_...` are written; no other argument ever is. Masks are opaque to callers.
     """
 
     graphs = False
@@ -725,6 +767,223 @@ class XpBackend:
         dx = self.xp.multiply(dy, scale, out=self.empty(dy.shape, dy.dtype))
         self.xp.copyto(dx, 0, where=mask)
         return dx
+
+    # ---- normalization -------------------------------------------------------------------------
+
+    def layer_norm(
+        self, x: Array, weight: Array | None, bias: Array | None, *, eps: float, centered: bool
+    ) -> tuple[Array, Array | None, Array]:
+        """`y = (x - mean) * rstd * weight + bias`, the statistics over the last axis.
+
+        `rstd = 1 / sqrt(mean((x - mean)^2) + eps)`, and 0 in the place of the mean if not
+        centered. E[x^2] - E[x]^2 would cancel, so the squares are those of the differences.
+
+        Args:
+            x: `(N, C)`, or `(K, N, C)` for K models.
+            weight: `(C,)` or `(K, C)`, or None for 1.
+            bias: The same, or None for 0.
+            eps: Added to the variance.
+            centered: Whether the mean is subtracted.
+
+        Returns:
+            `(y, mean, rstd)`, the latter two `(N,)` or `(K, N)`; no mean if not centered.
+        """
+        mean = self._mean(x, -1) if centered else None
+        y, variance = self._spread(x, mean, -1)
+        rstd = self._rstd(variance, eps)
+        self._scale(y, rstd, weight, bias)
+        return y, None if mean is None else mean[..., 0], rstd[..., 0]
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array | None,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None:
+        """The gradients of `layer_norm`: dx, and sums over samples into `dweight` and `dbias`.
+
+        With `xhat = (x - mean) * rstd` and `g = dy * weight`: `dbias = sum(dy)`, `dweight =
+        sum(dy * xhat)`, `dx = rstd * (g - mean(g) - xhat * mean(g * xhat))`, the means over
+        features and the first of them only if centered.
+
+        Args:
+            dy: Gradient of y.
+            x: What `layer_norm` got.
+            mean: What it returned.
+            rstd: The same.
+            weight: What it got.
+            dweight: Written, or None.
+            dbias: Written, or None.
+            accumulate: Whether to add to `dweight` and to `dbias` instead of overwriting them.
+            need_dx: Whether to compute dx.
+        """
+        xp = self.xp
+        rstd = rstd[..., None]
+        xhat = self._xhat(x, None if mean is None else mean[..., None], rstd)
+        if dbias is not None:
+            self.bias_grad(dy, dbias, accumulate=accumulate[1])
+        work = self.empty(dy.shape, dy.dtype)
+        if dweight is not None:
+            xp.multiply(dy, xhat, out=work)
+            self.bias_grad(work, dweight, accumulate=accumulate[0])
+        if not need_dx:
+            return None
+        dx = self.empty(dy.shape, dy.dtype)
+        g = dy if weight is None else xp.multiply(dy, weight[..., None, :], out=dx)
+        along = self._mean(xp.multiply(g, xhat, out=work), -1)
+        if mean is not None:
+            g = xp.subtract(g, self._mean(g, -1), out=dx)
+        xp.subtract(g, xp.multiply(xhat, along, out=work), out=dx)
+        return xp.multiply(dx, rstd, out=dx)
+
+    def batch_norm(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        running_mean: Array,
+        running_var: Array,
+        *,
+        eps: float,
+        momentum: float,
+        training: bool,
+    ) -> tuple[Array, Array, Array]:
+        """`y = (x - mean) * rstd * weight + bias`, the statistics over the samples.
+
+        Args:
+            x: `(N, C)`, or `(K, N, C)` for K models.
+            weight: `(C,)` or `(K, C)`, or None for 1.
+            bias: The same, or None for 0.
+            running_mean: `(C,)` or `(K, C)`. In training it becomes `(1 - momentum) * itself +
+                momentum * mean`; in evaluation it is the mean.
+            running_var: The same of the variance: the unbiased one, divided by N - 1, while
+                `rstd = 1 / sqrt(variance + eps)` has the one divided by N.
+            eps: Added to the variance.
+            momentum: Share of the new in the running statistics.
+            training: Whether the statistics are those of x, which takes two samples or more.
+
+        Returns:
+            `(y, mean, rstd)`, the latter two new arrays `(C,)` or `(K, C)`.
+        """
+        xp, n = self.xp, x.shape[-2]
+        mean = self.empty(running_mean.shape, x.dtype)
+        if training:
+            measured = self._mean(x, -2)
+            y, variance = self._spread(x, measured, -2)
+            mean[...], variance = measured[..., 0, :], variance[..., 0, :]
+            part = self.empty(mean.shape, x.dtype)
+            for running, new, share in (
+                (running_mean, mean, momentum),
+                (running_var, variance, momentum * n / (n - 1)),
+            ):
+                xp.multiply(running, 1 - momentum, out=running)
+                xp.add(running, xp.multiply(new, share, out=part), out=running)
+        else:
+            mean[...], variance = running_mean, running_var
+            y = xp.subtract(x, mean[..., None, :], out=self.empty(x.shape, x.dtype))
+        rstd = self._rstd(variance, eps)
+        self._scale(y, rstd[..., None, :], weight, bias)
+        return y, mean, rstd
+
+    def batch_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        training: bool,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None:
+        """The gradients of `batch_norm`: dx, and sums over samples into `dweight` and `dbias`.
+
+        With `xhat = (x - mean) * rstd`: `dbias = sum(dy)`, `dweight = sum(dy * xhat)`, and since
+        the weight is the same for all samples `dx = rstd * weight * (dy - dbias / N - xhat *
+        dweight / N)`; in evaluation, where the statistics don't depend on x, `rstd * weight * dy`.
+
+        Args:
+            dy: Gradient of y.
+            x: What `batch_norm` got.
+            mean: What it returned.
+            rstd: The same.
+            weight: What it got.
+            dweight: Written, or None.
+            dbias: Written, or None.
+            training: What `batch_norm` got.
+            accumulate: Whether to add to `dweight` and to `dbias` instead of overwriting them.
+            need_dx: Whether to compute dx.
+        """
+        xp, n = self.xp, dy.shape[-2]
+        xhat = self._xhat(x, mean[..., None, :], rstd[..., None, :])
+        work = xp.multiply(dy, xhat, out=self.empty(dy.shape, dy.dtype))
+        totals = []
+        for terms, out, add in ((work, dweight, accumulate[0]), (dy, dbias, accumulate[1])):
+            total = self.bias_grad(terms, self.empty(rstd.shape, dy.dtype))
+            if out is not None and add:
+                xp.add(out, total, out=out)
+            elif out is not None:
+                out[...] = total
+            totals.append(total[..., None, :])
+        if not need_dx:
+            return None
+        factor = self.empty(rstd.shape, dy.dtype)
+        xp.multiply(rstd, 1 if weight is None else weight, out=factor)
+        if not training:
+            return xp.multiply(dy, factor[..., None, :], out=work)
+        along, shift = (xp.divide(total, n, out=total) for total in totals)
+        dx = xp.subtract(dy, shift, out=work)
+        xp.subtract(dx, xp.multiply(xhat, along, out=xhat), out=dx)
+        return xp.multiply(dx, factor[..., None, :], out=dx)
+
+    def _mean(self, a: Array, axis: int) -> Array:
+        """The mean along an axis, which is kept."""
+        shape = list(a.shape)
+        shape[axis] = 1
+        out = self.empty(tuple(shape), a.dtype)
+        return self.xp.mean(a, axis=axis, keepdims=True, out=out)
+
+    def _spread(self, x: Array, mean: Array | None, axis: int) -> tuple[Array, Array]:
+        """`(x - mean, the mean of its square along an axis)`; the mean is 0 if None."""
+        xp = self.xp
+        difference = self.empty(x.shape, x.dtype)
+        if mean is None:
+            difference[...] = x
+        else:
+            xp.subtract(x, mean, out=difference)
+        square = xp.multiply(difference, difference, out=self.empty(x.shape, x.dtype))
+        return difference, self._mean(square, axis)
+
+    def _rstd(self, variance: Array, eps: float) -> Array:
+        xp = self.xp
+        out = xp.add(variance, eps, out=self.empty(variance.shape, variance.dtype))
+        return xp.divide(1, xp.sqrt(out, out=out), out=out)
+
+    def _scale(self, y: Array, rstd: Array, weight: Array | None, bias: Array | None) -> None:
+        """`y = y * rstd * weight + bias` in place."""
+        xp = self.xp
+        xp.multiply(y, rstd, out=y)
+        if weight is not None:
+            xp.multiply(y, weight[..., None, :], out=y)
+        if bias is not None:
+            xp.add(y, bias[..., None, :], out=y)
+
+    def _xhat(self, x: Array, mean: Array | None, rstd: Array) -> Array:
+        """`(x - mean) * rstd`."""
+        xp = self.xp
+        xhat = self.empty(x.shape, x.dtype)
+        difference = x if mean is None else xp.subtract(x, mean, out=xhat)
+        return xp.multiply(difference, rstd, out=xhat)
 
     # ---- optimizers: one operation over the flat parameter vector ------------------------------
 

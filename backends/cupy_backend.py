@@ -17,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -36,10 +36,17 @@ from nnx.backends.cublas import Cublas, CublasError, plan
 from nnx.backends.philox import drop_threshold
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
+Sized: TypeAlias = tuple[Array, int]
 
 _NO_MEMORY = 2  # cudaErrorMemoryAllocation
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
+
+# What a block keeps in registers, as normalization.cu has it: bytes of a row, bytes of a tile of a
+# batch, and the tile's columns.
+_ROW = 64 * THREADS
+_TILE = 128 * THREADS
+_TILE_WIDTH = 8
 
 # Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64",
 # "f64" and "any", "=" before one it writes, "?" behind one that may be None, "*" behind `(n,)` or
@@ -60,6 +67,30 @@ _KERNELS = {
     ),
     "dropout": ("dropout.cu", "=T =u8 T i64 uint uint uint uint float int"),
     "dropout_backward": ("dropout.cu", "=T T u8 float int"),
+    "layer_norm": (
+        "normalization.cu",
+        "=T =T? =T T T? T? float int int int int int int",
+    ),
+    "layer_norm_backward": (
+        "normalization.cu",
+        "=T? =T? =T? =T? =u32 T T T? T T? " + " ".join(["int"] * 10),
+    ),
+    "batch_norm": (
+        "normalization.cu",
+        "=T =T =T =T =T =T? =u32 T T? T? float float int int int int int",
+    ),
+    "batch_norm_apply": (
+        "normalization.cu",
+        "=T =T? =T? T T T T? T? float int int int int int int",
+    ),
+    "batch_norm_backward": (
+        "normalization.cu",
+        "=T? =T? =T? =T? =T? =u32 T T T? T T? " + " ".join(["int"] * 9),
+    ),
+    "batch_norm_backward_apply": (
+        "normalization.cu",
+        "=T T T T T T? T int int int int int",
+    ),
     "sgd": (
         "optimizers.cu",
         "=T =T? =T =i64 =u32 T T? f64 u8 f64 float int float int int",
@@ -733,6 +764,265 @@ class CupyBackend(XpBackend):
             self._launch("dropout_backward", dy.dtype, _packs(dy), (dx, n), (dy, n), kept, scale, n)
         return dx
 
+    # ---- normalization -------------------------------------------------------------------------
+
+    @_by_kernel("normalization.cu")
+    def layer_norm(
+        self, x: Array, weight: Array | None, bias: Array | None, *, eps: float, centered: bool
+    ) -> tuple[Array, Array | None, Array]:
+        """As in `XpBackend`, in one launch."""
+        parameters, stride = self._of_models(x, weight, bias)
+        if not x.size or parameters is None:
+            return super().layer_norm(x, weight, bias, eps=eps, centered=centered)
+        y, rstd = self.empty(x.shape, x.dtype), self.empty(x.shape[:-1], x.dtype)
+        mean = self.empty(rstd.shape, x.dtype) if centered else None
+        batch, sizes = self._batches(x)
+        lanes = self._lanes(x)
+        self._launch(
+            "layer_norm",
+            x.dtype,
+            rstd.size,
+            *(_sized(y), _sized(mean), _sized(rstd), batch, *parameters),
+            eps,
+            stride,
+            *sizes,
+            lanes,
+            lanes=lanes,
+        )
+        return y, mean, rstd
+
+    @_by_kernel("normalization.cu")
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array | None,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None:
+        """As in `XpBackend`, in one launch; two for rows that don't fit in registers."""
+        parameters, stride = self._of_models(x, weight, dweight, dbias)
+        if not x.size or parameters is None:
+            options: dict[str, Any] = {"accumulate": accumulate, "need_dx": need_dx}
+            return super().layer_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
+        w, *gradients = parameters
+        batch, sizes = self._batches(x)
+        inputs = (_sized(dy), batch, _sized(mean), _sized(rstd), w)
+        dx = self.empty(dy.shape, dy.dtype) if need_dx else None
+        (n_models, n, _, n_columns), lanes = sizes, self._lanes(x)
+        fits = n_columns * dy.itemsize <= _ROW
+        n_sums = sum(a is not None for a in gradients)
+        if need_dx or (fits and n_sums):
+            # rows that a block sums up first: 16 make the sums little against the rows, and of
+            # 32 * 32 such sums those of 32 blocks, and then these, are added up
+            group = 16 * -(-n // (16 * 32 * 32))
+            n_groups = -(-n // group)
+            size = n_models * n_groups * n_columns * n_sums if fits else 0
+            self._launch(
+                "layer_norm_backward",
+                dy.dtype,
+                n_models * n_groups,
+                _sized(dx),
+                *(gradients if fits else (None, None)),
+                *self._partial(size, dy.dtype, n_models * (-(-n_groups // 32) + 1)),
+                *inputs,
+                stride,
+                *sizes,
+                *(lanes, group, n_groups),
+                *accumulate,
+                lanes=THREADS,
+            )
+        if n_sums and not fits:
+            self._column_sums(
+                dy, None, gradients, None, inputs, (False, True, stride), sizes, accumulate
+            )
+        return dx
+
+    @_by_kernel("normalization.cu")
+    def batch_norm(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        running_mean: Array,
+        running_var: Array,
+        *,
+        eps: float,
+        momentum: float,
+        training: bool,
+    ) -> tuple[Array, Array, Array]:
+        """As in `XpBackend`, in one launch; two in training on a batch higher than a block."""
+        parameters, stride = self._of_models(x, weight, bias)
+        if not x.size or parameters is None:
+            options: dict[str, Any] = {"eps": eps, "momentum": momentum, "training": training}
+            return super().batch_norm(x, weight, bias, running_mean, running_var, **options)
+        y = self.empty(x.shape, x.dtype)
+        mean, rstd = (self.empty(running_mean.shape, x.dtype) for _ in range(2))
+        measured, running = (
+            (_sized(mean), _sized(rstd)),
+            (_sized(running_mean), _sized(running_var)),
+        )
+        batch, sizes = self._batches(x)
+        tiles, tall = self._tiles(x)
+        if training:
+            self._launch(
+                "batch_norm",
+                x.dtype,
+                tiles,
+                *(_sized(y), *measured, *running),
+                *self._partial(2 * _TILE_WIDTH * tiles if tall else 0, x.dtype, tiles),
+                *(batch, *parameters),
+                *(eps, momentum, stride),
+                *sizes,
+                lanes=THREADS,
+            )
+        if tall or not training:
+            self._launch(
+                "batch_norm_apply",
+                x.dtype,
+                tiles,
+                _sized(y),
+                *((None, None) if training else measured),
+                batch,
+                *(measured if training else running),
+                *parameters,
+                *(eps, not training, stride),
+                *sizes,
+                lanes=THREADS,
+            )
+        return y, mean, rstd
+
+    @_by_kernel("normalization.cu")
+    def batch_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        training: bool,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None:
+        """As in `XpBackend`, in one launch; two in training on a batch higher than a block."""
+        parameters, stride = self._of_models(x, weight, dweight, dbias)
+        if not x.size or parameters is None:
+            options: dict[str, Any] = {
+                "training": training,
+                "accumulate": accumulate,
+                "need_dx": need_dx,
+            }
+            return super().batch_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
+        w, *gradients = parameters
+        batch, sizes = self._batches(x)
+        inputs = (_sized(dy), batch, _sized(mean), _sized(rstd), w)
+        dx = self.empty(dy.shape, dy.dtype) if need_dx else None
+        tiles, tall = self._tiles(dy)
+        twice = need_dx and training and tall
+        sums = _sized(self.empty((2 * mean.size,), dy.dtype) if twice else None)
+        self._column_sums(
+            dy, dx, gradients, sums, inputs, (training, False, stride), sizes, accumulate
+        )
+        if twice:
+            self._launch(
+                "batch_norm_backward_apply",
+                dy.dtype,
+                tiles,
+                *(_sized(dx), *inputs, sums),
+                stride,
+                *sizes,
+                lanes=THREADS,
+            )
+        return dx
+
+    def _column_sums(
+        self,
+        dy: Array,
+        dx: Array | None,
+        gradients: Sequence[Sized | None],
+        sums: Sized | None,
+        inputs: Sequence[Sized | None],
+        settings: tuple[bool, bool, int],
+        sizes: tuple[int, ...],
+        accumulate: tuple[bool, bool],
+    ) -> None:
+        """Launch the kernel `batch_norm_backward`, unless nobody wants what it makes."""
+        if dx is None and not any(gradients):
+            return
+        tiles, tall = self._tiles(dy)
+        self._launch(
+            "batch_norm_backward",
+            dy.dtype,
+            tiles,
+            *(_sized(dx), *gradients, sums),
+            *self._partial(2 * _TILE_WIDTH * tiles if tall else 0, dy.dtype, tiles),
+            *inputs,
+            *settings,
+            *sizes,
+            *accumulate,
+            lanes=THREADS,
+        )
+
+    def _partial(self, size: int, dtype: Any, n_tickets: int) -> tuple[Sized | None, Sized]:
+        """Arguments of a kernel whose blocks leave sums for the last of them: space, tickets."""
+        space = self.empty((size,), dtype) if size else None
+        return _sized(space), (self._ticket(n_tickets), n_tickets)
+
+    def _of_models(self, x: Array, *vectors: Array | None) -> tuple[list[Sized | None] | None, int]:
+        """Vectors `(C,)` or `(K, C)` as arguments of a kernel, and the way from row to row.
+
+        Rows of the flat vector have gaps between them: the argument is all from the first row to
+        the last. None if the rows differ in distance.
+        """
+        shape = (*x.shape[:-2], x.shape[-1])
+        arguments: list[Sized | None] = []
+        strides = set()
+        for a in vectors:
+            if a is not None:
+                if a.shape != shape:
+                    raise ValueError(f"expected a vector of shape {shape}, got {a.shape}")
+                if a.strides[-1] != a.itemsize:
+                    return None, 0
+                if a.ndim == 2 and len(a) > 1:
+                    strides.add(a.strides[0] // a.itemsize)
+                    if not a.flags.c_contiguous:
+                        size = (len(a) - 1) * a.strides[0] // a.itemsize + a.shape[1]
+                        a = self.xp.ndarray((size,), a.dtype, a.data)
+            arguments.append(_sized(a))
+        if len(strides) > 1:
+            return None, 0
+        return arguments, strides.pop() if strides else 0
+
+    def _batches(self, x: Array) -> tuple[Sized, tuple[int, int, int, int]]:
+        """The input as an argument, once if it is the same for all models, and its sizes.
+
+        Those are K, N, the number of rows in the argument, and C.
+        """
+        n, n_columns = x.shape[-2:]
+        n_models = x.shape[0] if x.ndim == 3 else 1
+        if n_models > 1 and x.strides[0] == 0:
+            x = x[0]
+        return (x, x.size), (n_models, n, x.size // n_columns, n_columns)
+
+    def _lanes(self, x: Array) -> int:
+        """Threads for a row: a warp, or a block if a warp's registers don't hold it."""
+        return 32 if x.shape[-1] * x.itemsize <= _ROW // WARPS else THREADS
+
+    def _tiles(self, x: Array) -> tuple[int, bool]:
+        """Number of tiles of 32 bytes or more by what fits in a block; whether one isn't enough."""
+        n, n_columns = x.shape[-2:]
+        down = -(-n // (_TILE // (_TILE_WIDTH * x.itemsize)))
+        n_models = x.shape[0] if x.ndim == 3 else 1
+        return n_models * -(-n_columns // _TILE_WIDTH) * down, down > 1
+
     # ---- optimizers ----------------------------------------------------------------------------
 
     @_by_kernel("optimizers.cu")
@@ -879,6 +1169,11 @@ def _bytes(n: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{size:.4g} {unit}"
+
+
+def _sized(a: Array | None) -> Any:
+    """An argument of `_launch` that is as long as it should be."""
+    return None if a is None else (a, a.size)
 
 
 def _words(n: int) -> int:

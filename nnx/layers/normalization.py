@@ -8,20 +8,21 @@ all n values alike doesn't change xhat, so the part of g along it is taken out.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import numpy as np
 
-from nnx._checks import check_input, check_range
+from nnx._checks import check_gradient, check_input, check_range
 from nnx.backends import Array, Backend, backend_of
 from nnx.layers.base import Layer, Saved, Step
 from nnx.parameter import Parameter
 
 
 class _Normalization(Layer):
-    """The passes; a subclass says which axis the statistics are taken over."""
+    """The passes; by default with statistics over the features."""
 
-    _axis = -1  # of the rows (..., N, C)
     _centered = True  # whether the mean is subtracted
 
     def __init__(
@@ -35,6 +36,8 @@ class _Normalization(Layer):
         bias: bool,
     ) -> None:
         who, self.dtype = type(self).__name__, np.dtype(dtype)
+        n_features = operator.index(n_features)  # of NumPy's integers, plain ones
+        n_models = None if n_models is None else operator.index(n_models)
         if n_features < 1:
             raise ValueError(f"{who}: expected n_features of at least 1, got {n_features}")
         if self.dtype not in (np.float32, np.float64):
@@ -50,6 +53,10 @@ class _Normalization(Layer):
         """Shape of a weight or a statistic."""
         return (self.n_features,) if self.n_models is None else (self.n_models, self.n_features)
 
+    @property
+    def _eps(self) -> float:
+        return float(np.finfo(self.dtype).eps) if self.eps is None else self.eps
+
     def config(self) -> dict[str, Any]:
         return {
             "n_features": self.n_features,
@@ -61,52 +68,40 @@ class _Normalization(Layer):
 
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:
         rows = self._rows(x)
-        backend = backend_of(rows)
-        mean, rstd, measured = self._statistics(backend, rows, x, step)
-        xhat = backend.empty(rows.shape, rows.dtype)
-        wide = {"mean": _wide(mean, rows), "rstd": _wide(rstd, rows)}
-        backend.elementwise("(x - mean) * rstd", xhat, x=rows, **wide)
-        weight, bias = (1.0 if self.weight is None else _wide(self.weight.value, rows)), 0.0
-        if self.bias is not None:
-            bias = _wide(self.bias.value, rows)
-        y = backend.empty(rows.shape, rows.dtype)
-        backend.elementwise("xhat * weight + bias", y, xhat=xhat, weight=weight, bias=bias)
+        y, *statistics = self._normalize(backend_of(rows), rows, x, step)
         y = y if self.n_models is not None or x.ndim == 2 else y.reshape(x.shape)
-        return y, (xhat, rstd, measured, x.shape)
+        return y, (rows, *statistics, x.shape)
+
+    def _normalize(
+        self, backend: Backend, rows: Array, x: Array, step: Step | None
+    ) -> tuple[Array, Array | None, Array, bool | None]:
+        """`(y, mean, 1 / deviation, None)`; BatchNorm has its mode in the place of None."""
+        weight, bias = (None if p is None else p.value for p in (self.weight, self.bias))
+        result = backend.layer_norm(rows, weight, bias, eps=self._eps, centered=self._centered)
+        return *result, None
 
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:
-        xhat, rstd, measured, shape = saved
-        backend = backend_of(dy, xhat)
-        xp, axis, wide = backend.xp, self._axis, _wide(rstd, xhat)
-        dy = dy.reshape(xhat.shape)
-        if self.bias is not None:
-            backend.bias_grad(dy, self.bias.grad, accumulate=self.bias.accumulate())
-        work = backend.empty(dy.shape, dy.dtype)
-        weight = 1.0
-        if self.weight is not None:
-            backend.elementwise("dy * xhat", work, dy=dy, xhat=xhat)
-            backend.bias_grad(work, self.weight.grad, accumulate=self.weight.accumulate())
-            weight = _wide(self.weight.value, dy)
-        if not need_dx:
-            return None
-        dx = backend.empty(dy.shape, dy.dtype)
-        backend.elementwise("dy * weight", dx, dy=dy, weight=weight)
-        if not measured:
-            backend.elementwise("g * rstd", dx, g=dx, rstd=wide)
-        else:
-            stretch = backend.empty(rstd.shape, dy.dtype)
-            backend.elementwise("g * xhat", work, g=dx, xhat=xhat)
-            xp.mean(work, axis=axis, keepdims=True, out=stretch)
-            shift: Array = 0.0
-            if self._centered:
-                shift = backend.empty(rstd.shape, dy.dtype)
-                xp.mean(dx, axis=axis, keepdims=True, out=shift)
-                shift = _wide(shift, dy)
-            sums = {"shift": shift, "stretch": _wide(stretch, dy)}
-            expression = "rstd * (g - shift - xhat * stretch)"
-            backend.elementwise(expression, dx, g=dx, xhat=xhat, rstd=wide, **sums)
-        if self.n_models is not None and len(shape) == 2:
-            return dx.sum(axis=0)  # one input fed all models
+        rows, mean, rstd, training, shape = saved
+        check_gradient(type(self).__name__, dy, rows.shape, rows.dtype)
+        backend, weight, bias = backend_of(dy, rows), self.weight, self.bias
+        operation: Any = backend.layer_norm_backward
+        if training is not None:
+            operation = functools.partial(backend.batch_norm_backward, training=training)
+        dx: Array | None = operation(
+            dy.reshape(rows.shape),
+            rows,
+            mean,
+            rstd,
+            None if weight is None else weight.value,
+            None if weight is None else weight.grad,
+            None if bias is None else bias.grad,
+            accumulate=tuple([p is not None and p.accumulate() for p in (weight, bias)]),
+            need_dx=need_dx,
+        )
+        if dx is None or dx.shape == shape:
+            return dx
+        if self.n_models is not None:  # one input fed all models
+            return backend.xp.sum(dx, axis=0, out=backend.empty(shape, dx.dtype))
         return dx.reshape(shape)
 
     def _rows(self, x: Array) -> Array:
@@ -116,33 +111,6 @@ class _Normalization(Layer):
         if self.n_models is None:
             return x if x.ndim == 2 else x.reshape(-1, self.n_features)
         return x if x.ndim == 3 else xp.broadcast_to(x, (self.n_models, *x.shape))
-
-    def _statistics(
-        self, backend: Backend, rows: Array, x: Array, step: Step | None
-    ) -> tuple[Array, Array, bool]:
-        """`(mean, 1 / deviation, whether they were measured on these rows)`."""
-        mean, variance = self._moments(backend, rows)
-        return mean, self._reciprocal(backend, variance), True
-
-    def _moments(self, backend: Backend, rows: Array) -> tuple[Array, Array]:
-        """Mean and biased variance; 0 and the mean square if nothing is subtracted."""
-        xp, axis, dtype = backend.xp, self._axis, rows.dtype
-        shape = list(rows.shape)
-        shape[axis] = 1
-        mean: Array = 0.0
-        if self._centered:
-            mean = xp.mean(rows, axis=axis, keepdims=True, out=backend.empty(tuple(shape), dtype))
-        square = backend.empty(rows.shape, dtype)  # of the difference: E[x^2] - E[x]^2 cancels
-        expression = "(x - mean) * (x - mean)"
-        backend.elementwise(expression, square, x=rows, mean=_wide(mean, rows))
-        variance = backend.empty(tuple(shape), dtype)
-        xp.mean(square, axis=axis, keepdims=True, out=variance)
-        return mean, variance
-
-    def _reciprocal(self, backend: Backend, variance: Array) -> Array:
-        eps = float(np.finfo(self.dtype).eps) if self.eps is None else self.eps
-        rstd = backend.empty(variance.shape, variance.dtype)
-        return backend.elementwise("1 / sqrt(variance + eps)", rstd, variance=variance, eps=eps)
 
 
 class BatchNorm(_Normalization):
@@ -168,7 +136,7 @@ class BatchNorm(_Normalization):
     Buffers: `running_mean`, from 0, and `running_var`, from 1. They are written only when a Step is
     given.
 
-    Saved: xhat and 1 / deviation.
+    Saved: x (a view when contiguous), mean and 1 / deviation.
     Gradient: `dbias = sum(dy)`, `dweight = sum(dy * xhat)` over samples, and with `g = dy * weight`
     `dx = rstd * (g - mean(g) - xhat * mean(g * xhat))`, since the statistics depend on x too; in
     evaluation they don't, and `dx = g * rstd`.
@@ -180,7 +148,6 @@ class BatchNorm(_Normalization):
     """
 
     buffer_names = ("running_mean", "running_var")
-    _axis = -2
 
     def __init__(
         self,
@@ -201,27 +168,27 @@ class BatchNorm(_Normalization):
     def config(self) -> dict[str, Any]:  # noqa: D102
         return super().config() | {"momentum": self.momentum}
 
-    def _statistics(
+    def _normalize(
         self, backend: Backend, rows: Array, x: Array, step: Step | None
-    ) -> tuple[Array, Array, bool]:
+    ) -> tuple[Array, Array | None, Array, bool | None]:
         n = rows.shape[-2]
-        if step is None or n == 0:
-            variance = self.running_var[..., None, :]
-            return self.running_mean[..., None, :], self._reciprocal(backend, variance), False
-        if n == 1:
+        training = step is not None and n > 0
+        if training and n == 1:
             raise ValueError(
                 f"BatchNorm: expected more than one sample in training, got input of shape "
                 f"{x.shape}; choose a batch size that leaves no last batch of one, or use LayerNorm"
             )
-        mean, variance = self._moments(backend, rows)
-        for running, new, factor in (
-            (self.running_mean, mean, self.momentum),
-            (self.running_var, variance, self.momentum * n / (n - 1)),
-        ):
-            numbers = {"keep": 1 - self.momentum, "factor": factor}
-            old = running[..., None, :]
-            backend.elementwise("keep * old + factor * new_", old, old=old, new_=new, **numbers)
-        return mean, self._reciprocal(backend, variance), True
+        y, mean, rstd = backend.batch_norm(
+            rows,
+            None if self.weight is None else self.weight.value,
+            None if self.bias is None else self.bias.value,
+            self.running_mean,
+            self.running_var,
+            eps=self._eps,
+            momentum=self.momentum,
+            training=training,
+        )
+        return y, mean, rstd, training
 
 
 class LayerNorm(_Normalization):
@@ -241,7 +208,7 @@ class LayerNorm(_Normalization):
     Shape: x `(..., n_features)` -> y of the same. With K models x `(K, N, n_features)`, or
         `(N, n_features)` shared by all -> y `(K, N, n_features)`.
 
-    Saved: xhat and 1 / deviation.
+    Saved: x (a view when contiguous), mean and 1 / deviation.
     Gradient: `dbias = sum(dy)`, `dweight = sum(dy * xhat)` over samples, and with `g = dy * weight`
     `dx = rstd * (g - mean(g) - xhat * mean(g * xhat))`, the means over features.
 
@@ -278,9 +245,9 @@ class RMSNorm(_Normalization):
     Shape: x `(..., n_features)` -> y of the same. With K models x `(K, N, n_features)`, or
         `(N, n_features)` shared by all -> y `(K, N, n_features)`.
 
-    Saved: `xhat = x * rrms` and `rrms`, 1 / root mean square.
-    Gradient: `dweight = sum(dy * xhat)` over samples, and with `g = dy * weight`
-    `dx = rrms * (g - xhat * mean(g * xhat))`, the mean over features.
+    Saved: x (a view when contiguous) and `rrms`, 1 / root mean square.
+    Gradient: with `xhat = x * rrms` and `g = dy * weight`, `dweight = sum(dy * xhat)` over samples
+    and `dx = rrms * (g - xhat * mean(g * xhat))`, the mean over features.
 
     Raises:
         ValueError: The last axis isn't `n_features`.
@@ -299,12 +266,3 @@ class RMSNorm(_Normalization):
         n_models: int | None = None,
     ) -> None:
         super().__init__(n_features, eps, dtype, n_models, weight=affine, bias=False)
-
-
-def _wide(a: Array, rows: Array) -> Array:
-    """A view of `a` in the shape of `rows`: `(C,)` or `(K, C)`, or one with an axis of 1 kept."""
-    if isinstance(a, float):
-        return a
-    if a.ndim < rows.ndim:
-        a = a[..., None, :]
-    return backend_of(a).xp.broadcast_to(a, rows.shape)
