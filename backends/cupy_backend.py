@@ -812,15 +812,15 @@ class CupyBackend(XpBackend):
             return super().layer_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
         w, *gradients = parameters
         batch, sizes = self._batches(x)
-        inputs = (_sized(dy), batch, _sized(mean), _sized(rstd), w)
+        inputs = ((dy, x.size), batch, _sized(mean), _sized(rstd), w)
         dx = self.empty(dy.shape, dy.dtype) if need_dx else None
         (n_models, n, _, n_columns), lanes = sizes, self._lanes(x)
         fits = n_columns * dy.itemsize <= _ROW
         n_sums = sum(a is not None for a in gradients)
         if need_dx or (fits and n_sums):
-            # rows that a block sums up first: 16 make the sums little against the rows, and of
-            # 32 * 32 such sums those of 32 blocks, and then these, are added up
-            group = 16 * -(-n // (16 * 32 * 32))
+            # rows that a block sums up first: 24, whose bytes are many against those of the sums.
+            # Of 32 * 32 such sums those of 32 blocks are added up, and then these
+            group = 24 * -(-n // (24 * 32 * 32))
             n_groups = -(-n // group)
             size = n_models * n_groups * n_columns * n_sums if fits else 0
             self._launch(
@@ -863,11 +863,12 @@ class CupyBackend(XpBackend):
             return super().batch_norm(x, weight, bias, running_mean, running_var, **options)
         y = self.empty(x.shape, x.dtype)
         mean, rstd = (self.empty(running_mean.shape, x.dtype) for _ in range(2))
-        measured, running = (
-            (_sized(mean), _sized(rstd)),
-            (_sized(running_mean), _sized(running_var)),
-        )
         batch, sizes = self._batches(x)
+        n_statistics = sizes[0] * sizes[3]
+        measured, running = (
+            [(a, n_statistics) for a in pair]
+            for pair in ((mean, rstd), (running_mean, running_var))
+        )
         tiles, tall = self._tiles(x)
         if training:
             self._launch(
@@ -923,7 +924,7 @@ class CupyBackend(XpBackend):
             return super().batch_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
         w, *gradients = parameters
         batch, sizes = self._batches(x)
-        inputs = (_sized(dy), batch, _sized(mean), _sized(rstd), w)
+        inputs = ((dy, x.size), batch, _sized(mean), _sized(rstd), w)
         dx = self.empty(dy.shape, dy.dtype) if need_dx else None
         tiles, tall = self._tiles(dy)
         twice = need_dx and training and tall

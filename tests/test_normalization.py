@@ -5,6 +5,7 @@ That forward and backward agree with explicit Jacobians is the contract's busine
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -386,3 +387,34 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [BatchNorm, LayerNorm, RMSNorm])
+def test_a_gradient_that_does_not_fit_is_named(make: Any, backend: Backend) -> None:
+    layer = make(3).to(backend)
+    x = backend.asarray(np.ones((2, 5, 3)), np.float32)
+    _, saved = layer.forward(x)
+    layer.backward(backend.asarray(np.ones((5, 2, 3)), np.float32), saved)  # 10 rows, as well
+    who = rf"{make.__name__}: expected a float32 gradient of shape \(10, 3\)"
+    for shape, dtype, error in (
+        ((2, 5, 3), np.float64, TypeError),
+        ((2, 4, 3), np.float32, ValueError),
+        ((1, 3), np.float32, ValueError),
+        ((3, 10), np.float32, ValueError),
+    ):
+        with pytest.raises(error, match=who):
+            layer.backward(backend.asarray(np.ones(shape), dtype), saved)
+    layer = make(3, n_models=2).to(backend)
+    _, saved = layer.forward(x[0])
+    with pytest.raises(ValueError, match=r"gradient of shape \(2, 5, 3\), got float32 \(5, 3\)"):
+        layer.backward(x[0], saved)
+
+
+@pytest.mark.parametrize("make", [BatchNorm, LayerNorm, RMSNorm])
+def test_the_integers_of_numpy_will_do(make: Any, tmp_path: Path) -> None:
+    layer = make(np.int64(3), n_models=np.int32(2))
+    assert json.dumps(layer.config())
+    nnx.save(Sequential(layer), tmp_path / "model")
+    assert repr(nnx.load(tmp_path / "model")) == repr(Sequential(make(3, n_models=2)))
+    with pytest.raises(TypeError, match="integer"):
+        make(3.0)

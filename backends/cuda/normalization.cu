@@ -363,15 +363,14 @@ __device__ void batch_norm(T* y, T* mean, T* rstd, T* running_mean, T* running_v
                 partial[own.place(own.chunk, 1)] = squares;
             }
             if (!last_of(tickets + own.k * own.across + own.tile, own.down)) continue;
-            T origin = read_shared(partial + own.place(0, 0)); // the sums stay small
-            T apart = T(0), total = T(0);
+            T total = T(0);
             own.chunks([&](i64 j) {
-                apart += T(own.height(j)) * (read_shared(partial + own.place(j, 0)) - origin);
+                total += T(own.height(j)) * read_shared(partial + own.place(j, 0));
             });
-            apart = column_sum(apart) / T(n);
-            average = origin + apart;
+            average = column_sum(total) / T(n);
+            total = T(0);
             own.chunks([&](i64 j) {
-                T d = read_shared(partial + own.place(j, 0)) - origin - apart;
+                T d = read_shared(partial + own.place(j, 0)) - average;
                 total += read_shared(partial + own.place(j, 1)) + T(own.height(j)) * (d * d);
             });
             squares = column_sum(total);
@@ -443,20 +442,25 @@ __device__ void batch_norm_backward(T* dx, T* dweight, T* dbias, T* sums, T* par
             xhat[s] = from[i];
             d[s] = above[i];
         });
-        i64 j = by_row ? own.k * n + own.row : own.vector, step = by_row ? own.ROWS : 0;
+        T average = T(0), scale = T(1);
+        if (!by_row && own.mine) {
+            average = mean[own.vector];
+            scale = rstd[own.vector];
+        }
         own.each([&](int s, i64) {
-            xhat[s] = (xhat[s] - (mean ? mean[j + s * step] : T(0))) * rstd[j + s * step];
+            if (by_row) {
+                i64 r = own.k * n + own.row + s * own.ROWS;
+                average = mean ? mean[r] : T(0);
+                scale = rstd[r];
+            }
+            xhat[s] = (xhat[s] - average) * scale;
             along += d[s] * xhat[s];
             level += d[s];
         });
         along = column_sum(along);
         level = column_sum(level);
-        T factor = T(1);
-        if (dx && own.mine) {
-            factor = rstd[own.vector];
-            if (weight) factor *= weight[own.k * stride + own.c];
-            if (!training) own.each([&](int s, i64 i) { to[i] = d[s] * factor; });
-        }
+        T factor = dx && weight && own.mine ? scale * weight[own.k * stride + own.c] : scale;
+        if (dx && !training) own.each([&](int s, i64 i) { to[i] = d[s] * factor; });
         if (own.down > 1) {
             if (threadIdx.x < WIDTH) {
                 partial[own.place(own.chunk, 0)] = along;
