@@ -771,24 +771,12 @@ class CupyBackend(XpBackend):
         self, x: Array, weight: Array | None, bias: Array | None, *, eps: float, centered: bool
     ) -> tuple[Array, Array | None, Array]:
         """As in `XpBackend`, in one launch."""
-        parameters, stride = self._of_models(x, weight, bias)
-        if not x.size or parameters is None:
-            return super().layer_norm(x, weight, bias, eps=eps, centered=centered)
+        batch, vectors, sizes = self._batches(x, weight, bias)
         y, rstd = self.empty(x.shape, x.dtype), self.empty(x.shape[:-1], x.dtype)
         mean = self.empty(rstd.shape, x.dtype) if centered else None
-        batch, sizes = self._batches(x)
         lanes = self._lanes(x)
-        self._launch(
-            "layer_norm",
-            x.dtype,
-            rstd.size,
-            *(_sized(y), _sized(mean), _sized(rstd), batch, *parameters),
-            eps,
-            stride,
-            *sizes,
-            lanes,
-            lanes=lanes,
-        )
+        arguments = (_sized(y), _sized(mean), _sized(rstd), batch, *vectors, eps, *sizes, lanes)
+        self._launch("layer_norm", x.dtype, max(rstd.size, 1), *arguments, lanes=lanes)
         return y, mean, rstd
 
     @_by_kernel("normalization.cu")
@@ -806,41 +794,25 @@ class CupyBackend(XpBackend):
         need_dx: bool = True,
     ) -> Array | None:
         """As in `XpBackend`, in one launch; two for rows that don't fit in registers."""
-        parameters, stride = self._of_models(x, weight, dweight, dbias)
-        if not x.size or parameters is None:
-            options: dict[str, Any] = {"accumulate": accumulate, "need_dx": need_dx}
-            return super().layer_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
-        w, *gradients = parameters
-        batch, sizes = self._batches(x)
+        batch, (w, *gradients), sizes = self._batches(x, weight, dweight, dbias)
         inputs = ((dy, x.size), batch, _sized(mean), _sized(rstd), w)
         dx = self.empty(dy.shape, dy.dtype) if need_dx else None
-        (n_models, n, _, n_columns), lanes = sizes, self._lanes(x)
+        _, n_models, n, _, n_columns = sizes
         fits = n_columns * dy.itemsize <= _ROW
-        n_sums = sum(a is not None for a in gradients)
-        if need_dx or (fits and n_sums):
+        sums = gradients if fits else [None, None]
+        if need_dx or any(sums):
             # rows that a block sums up first: 24, whose bytes are many against those of the sums.
             # Of 32 * 32 such sums those of 32 blocks are added up, and then these
-            group = 24 * -(-n // (24 * 32 * 32))
-            n_groups = -(-n // group)
-            size = n_models * n_groups * n_columns * n_sums if fits else 0
-            self._launch(
-                "layer_norm_backward",
-                dy.dtype,
-                n_models * n_groups,
-                _sized(dx),
-                *(gradients if fits else (None, None)),
-                *self._partial(size, dy.dtype, n_models * (-(-n_groups // 32) + 1)),
-                *inputs,
-                stride,
-                *sizes,
-                *(lanes, group, n_groups),
-                *accumulate,
-                lanes=THREADS,
-            )
-        if n_sums and not fits:
-            self._column_sums(
-                dy, None, gradients, None, inputs, (False, True, stride), sizes, accumulate
-            )
+            group = 24 * max(-(-n // (24 * 32 * 32)), 1)
+            n_groups = max(-(-n // group), 1)
+            size = n_models * n_groups * n_columns * sum(a is not None for a in sums)
+            partial = self._partial(size, dy.dtype, n_models * (-(-n_groups // 32) + 1))
+            numbers = (*sizes, self._lanes(x), group, n_groups, *accumulate)
+            arguments = (_sized(dx), *sums, *partial, *inputs, *numbers)
+            name = "layer_norm_backward"
+            self._launch(name, dy.dtype, n_models * n_groups, *arguments, lanes=THREADS)
+        if not fits and any(gradients):
+            self._column_sums(dy, (None, *gradients, None), inputs, False, True, sizes, accumulate)
         return dx
 
     @_by_kernel("normalization.cu")
@@ -857,45 +829,23 @@ class CupyBackend(XpBackend):
         training: bool,
     ) -> tuple[Array, Array, Array]:
         """As in `XpBackend`, in one launch; two in training on a batch higher than a block."""
-        parameters, stride = self._of_models(x, weight, bias)
-        if not x.size or parameters is None:
-            options: dict[str, Any] = {"eps": eps, "momentum": momentum, "training": training}
-            return super().batch_norm(x, weight, bias, running_mean, running_var, **options)
+        batch, vectors, sizes = self._batches(x, weight, bias)
         y = self.empty(x.shape, x.dtype)
         mean, rstd = (self.empty(running_mean.shape, x.dtype) for _ in range(2))
-        batch, sizes = self._batches(x)
-        n_statistics = sizes[0] * sizes[3]
-        measured, running = (
-            [(a, n_statistics) for a in pair]
-            for pair in ((mean, rstd), (running_mean, running_var))
-        )
+        n = sizes[1] * sizes[4]
+        measured, running = ((mean, n), (rstd, n)), ((running_mean, n), (running_var, n))
         tiles, tall = self._tiles(x)
         if training:
-            self._launch(
-                "batch_norm",
-                x.dtype,
-                tiles,
-                *(_sized(y), *measured, *running),
-                *self._partial(2 * _TILE_WIDTH * tiles if tall else 0, x.dtype, tiles),
-                *(batch, *parameters),
-                *(eps, momentum, stride),
-                *sizes,
-                lanes=THREADS,
-            )
+            partial = self._partial(2 * _TILE_WIDTH * tiles if tall else 0, x.dtype, tiles)
+            options = (eps, momentum, *sizes)
+            arguments = (_sized(y), *measured, *running, *partial, batch, *vectors, *options)
+            self._launch("batch_norm", x.dtype, tiles, *arguments, lanes=THREADS)
         if tall or not training:
-            self._launch(
-                "batch_norm_apply",
-                x.dtype,
-                tiles,
-                _sized(y),
-                *((None, None) if training else measured),
-                batch,
-                *(measured if training else running),
-                *parameters,
-                *(eps, not training, stride),
-                *sizes,
-                lanes=THREADS,
-            )
+            results = (None, None) if training else measured
+            given = measured if training else running
+            options = (eps, not training, *sizes)
+            arguments = (_sized(y), *results, batch, *given, *vectors, *options)
+            self._launch("batch_norm_apply", x.dtype, tiles, *arguments, lanes=THREADS)
         return y, mean, rstd
 
     @_by_kernel("normalization.cu")
@@ -914,115 +864,79 @@ class CupyBackend(XpBackend):
         need_dx: bool = True,
     ) -> Array | None:
         """As in `XpBackend`, in one launch; two in training on a batch higher than a block."""
-        parameters, stride = self._of_models(x, weight, dweight, dbias)
-        if not x.size or parameters is None:
-            options: dict[str, Any] = {
-                "training": training,
-                "accumulate": accumulate,
-                "need_dx": need_dx,
-            }
-            return super().batch_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
-        w, *gradients = parameters
-        batch, sizes = self._batches(x)
+        batch, (w, *gradients), sizes = self._batches(x, weight, dweight, dbias)
         inputs = ((dy, x.size), batch, _sized(mean), _sized(rstd), w)
         dx = self.empty(dy.shape, dy.dtype) if need_dx else None
         tiles, tall = self._tiles(dy)
         twice = need_dx and training and tall
         sums = _sized(self.empty((2 * mean.size,), dy.dtype) if twice else None)
-        self._column_sums(
-            dy, dx, gradients, sums, inputs, (training, False, stride), sizes, accumulate
-        )
+        if need_dx or any(gradients):
+            outputs = (_sized(dx), *gradients, sums)
+            self._column_sums(dy, outputs, inputs, training, False, sizes, accumulate)
         if twice:
-            self._launch(
-                "batch_norm_backward_apply",
-                dy.dtype,
-                tiles,
-                *(_sized(dx), *inputs, sums),
-                stride,
-                *sizes,
-                lanes=THREADS,
-            )
+            arguments = (_sized(dx), *inputs, sums, *sizes)
+            self._launch("batch_norm_backward_apply", dy.dtype, tiles, *arguments, lanes=THREADS)
         return dx
 
     def _column_sums(
         self,
         dy: Array,
-        dx: Array | None,
-        gradients: Sequence[Sized | None],
-        sums: Sized | None,
+        outputs: Sequence[Sized | None],
         inputs: Sequence[Sized | None],
-        settings: tuple[bool, bool, int],
-        sizes: tuple[int, ...],
-        accumulate: tuple[bool, bool],
+        *options: Any,
     ) -> None:
-        """Launch the kernel `batch_norm_backward`, unless nobody wants what it makes."""
-        if dx is None and not any(gradients):
-            return
+        """Launch the kernel `batch_norm_backward`."""
         tiles, tall = self._tiles(dy)
-        self._launch(
-            "batch_norm_backward",
-            dy.dtype,
-            tiles,
-            *(_sized(dx), *gradients, sums),
-            *self._partial(2 * _TILE_WIDTH * tiles if tall else 0, dy.dtype, tiles),
-            *inputs,
-            *settings,
-            *sizes,
-            *accumulate,
-            lanes=THREADS,
-        )
+        partial = self._partial(2 * _TILE_WIDTH * tiles if tall else 0, dy.dtype, tiles)
+        *flags, sizes, accumulate = options
+        arguments = (*outputs, *partial, *inputs, *flags, *sizes, *accumulate)
+        self._launch("batch_norm_backward", dy.dtype, tiles, *arguments, lanes=THREADS)
 
     def _partial(self, size: int, dtype: Any, n_tickets: int) -> tuple[Sized | None, Sized]:
         """Arguments of a kernel whose blocks leave sums for the last of them: space, tickets."""
         space = self.empty((size,), dtype) if size else None
         return _sized(space), (self._ticket(n_tickets), n_tickets)
 
-    def _of_models(self, x: Array, *vectors: Array | None) -> tuple[list[Sized | None] | None, int]:
-        """Vectors `(C,)` or `(K, C)` as arguments of a kernel, and the way from row to row.
+    def _batches(
+        self, x: Array, *vectors: Array | None
+    ) -> tuple[Sized, list[Sized | None], tuple[int, int, int, int, int]]:
+        """Arguments of a kernel: x, once if it is the same for all models, vectors, and sizes.
 
-        Rows of the flat vector have gaps between them: the argument is all from the first row to
-        the last. None if the rows differ in distance.
+        The vectors are `(C,)` or `(K, C)`. Rows of the flat vector have gaps between them; then
+        the argument is all from the first row to the last. The sizes are the distance of the rows,
+        K, N, the number of rows of x, and C.
         """
-        shape = (*x.shape[:-2], x.shape[-1])
+        *models, n, n_columns = x.shape
+        shape, distance = (*models, n_columns), n_columns
         arguments: list[Sized | None] = []
-        strides = set()
+        rows = [a for a in vectors if a is not None]
+        if any(a.shape != shape for a in rows):
+            got = [a.shape for a in rows]
+            raise ValueError(f"normalization: expected vectors of shape {shape}, got {got}")
+        if models and models[0] > 1 and rows:
+            distance = rows[0].strides[0] // rows[0].itemsize
         for a in vectors:
-            if a is not None:
-                if a.shape != shape:
-                    raise ValueError(f"expected a vector of shape {shape}, got {a.shape}")
-                if a.strides[-1] != a.itemsize:
-                    return None, 0
-                if a.ndim == 2 and len(a) > 1:
-                    strides.add(a.strides[0] // a.itemsize)
-                    if not a.flags.c_contiguous:
-                        size = (len(a) - 1) * a.strides[0] // a.itemsize + a.shape[1]
-                        a = self.xp.ndarray((size,), a.dtype, a.data)
+            if a is not None and distance != n_columns:
+                if a.strides != (distance * a.itemsize, a.itemsize):
+                    raise ValueError(
+                        f"normalization: expected rows {distance} elements apart, got {a.strides}"
+                    )
+                a = self.xp.ndarray(((len(a) - 1) * distance + n_columns,), a.dtype, a.data)
             arguments.append(_sized(a))
-        if len(strides) > 1:
-            return None, 0
-        return arguments, strides.pop() if strides else 0
-
-    def _batches(self, x: Array) -> tuple[Sized, tuple[int, int, int, int]]:
-        """The input as an argument, once if it is the same for all models, and its sizes.
-
-        Those are K, N, the number of rows in the argument, and C.
-        """
-        n, n_columns = x.shape[-2:]
-        n_models = x.shape[0] if x.ndim == 3 else 1
-        if n_models > 1 and x.strides[0] == 0:
+        if models and models[0] > 1 and x.strides[0] == 0:
             x = x[0]
-        return (x, x.size), (n_models, n, x.size // n_columns, n_columns)
+        n_models = models[0] if models else 1
+        return (x, x.size), arguments, (distance, n_models, n, x.size // n_columns, n_columns)
 
     def _lanes(self, x: Array) -> int:
         """Threads for a row: a warp, or a block if a warp's registers don't hold it."""
         return 32 if x.shape[-1] * x.itemsize <= _ROW // WARPS else THREADS
 
     def _tiles(self, x: Array) -> tuple[int, bool]:
-        """Number of tiles of 32 bytes or more by what fits in a block; whether one isn't enough."""
-        n, n_columns = x.shape[-2:]
-        down = -(-n // (_TILE // (_TILE_WIDTH * x.itemsize)))
-        n_models = x.shape[0] if x.ndim == 3 else 1
-        return n_models * -(-n_columns // _TILE_WIDTH) * down, down > 1
+        """In how many tiles a kernel cuts the batches; whether they are higher than one."""
+        *models, n, n_columns = x.shape
+        down = max(-(-n // (_TILE // (_TILE_WIDTH * x.itemsize))), 1)
+        return math.prod(models) * -(-n_columns // _TILE_WIDTH) * down, down > 1
 
     # ---- optimizers ----------------------------------------------------------------------------
 

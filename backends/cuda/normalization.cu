@@ -292,7 +292,7 @@ template <typename T> struct Tile {
 
     __device__ Tile(i64 n, i64 n_columns)
         : n(n), n_columns(n_columns), across((n_columns + WIDTH - 1) / WIDTH),
-          down((n + HEIGHT - 1) / HEIGHT)
+          down(max((n + HEIGHT - 1) / HEIGHT, (i64)1))
     {
     }
     __device__ void at(i64 item)
@@ -403,7 +403,7 @@ __device__ void batch_norm_apply(T* y, T* mean, T* rstd, const T* x, const T* gi
     Tile<T> own(n, n_columns);
     for (i64 item = blockIdx.x; item < n_models * own.across * own.down; item += gridDim.x) {
         own.at(item);
-        if (!own.mine) continue;
+        if (own.c >= n_columns) continue;
         T average = given_mean[own.vector], scale = given[own.vector];
         if (evaluate) {
             scale = T(1) / sqrt(scale + T(eps));
@@ -500,7 +500,7 @@ __device__ void batch_norm_backward_apply(T* dx, const T* dy, const T* x, const 
     Tile<T> own(n, n_columns);
     for (i64 item = blockIdx.x; item < n_models * own.across * own.down; item += gridDim.x) {
         own.at(item);
-        if (!own.mine) continue;
+        if (own.c >= n_columns) continue;
         const T *from = x + (n_x == n ? own.one : own.batch), *above = dy + own.batch;
         T* to = dx + own.batch;
         T along = sums[2 * own.k * n_columns + own.c] / T(n);
