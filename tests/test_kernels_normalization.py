@@ -17,7 +17,7 @@ from oracles import assert_same_bits
 from test_gpu_step import counted, quiet
 
 import nnx
-from nnx.backends import Backend, get_backend
+from nnx.backends import Backend, XpBackend, get_backend
 from nnx.backends.base import Array
 
 gpu = pytest.mark.gpu
@@ -171,6 +171,17 @@ def test_kernels_agree_with_the_definition(
     kind: str, shape: tuple[int, int], dtype: Any, rng: np.random.Generator
 ) -> None:
     check(kind, case(kind, shape, rng, dtype))
+
+
+@gpu
+@each([(7, 33), (2, 5, 4)], [(7, 33), (2, 5, 4)])
+def test_the_definition_runs_on_the_device_too(
+    kind: str, shape: tuple[int, ...], dtype: Any, rng: np.random.Generator
+) -> None:
+    """It takes over where the kernels don't compile."""
+    plain, a = XpBackend(get_backend("cupy").xp), case(kind, shape, rng, dtype)
+    plain.to_numpy = get_backend("cupy").to_numpy  # type: ignore[method-assign]
+    agree(run(plain, kind, on(plain, a)), run(REFERENCE, kind, on(REFERENCE, a, np.float64)), a)
 
 
 @gpu
