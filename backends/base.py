@@ -499,7 +499,8 @@ class XpBackend:
     @functools.cached_property
     def _functions(self) -> dict[str, Any]:
         names = {name: getattr(self, name, None) or getattr(self.xp, name) for name in FUNCTIONS}
-        return {"__builtins__": {}} | names
+        # CuPy makes its ufuncs when first used, and imports with the builtins of whoever calls them
+        return {"__builtins__": {"__import__": __import__}} | names
 
     def erf(self, x: Array) -> Array:
         """The error function, to a few ulp: `2 / sqrt(pi)` times the integral of exp(-t^2) to x.

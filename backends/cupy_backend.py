@@ -1,7 +1,7 @@
 """The CUDA backend: `XpBackend` on CuPy, with raw kernels where a pass over memory is saved.
 
-The only module that imports CuPy. Kernels live in `cuda/*.cu`, are compiled when first used, and
-are launched by `CupyBackend._launch` alone. Nothing here waits for the device but `to_numpy`,
+The only module that computes with CuPy. Kernels live in `cuda/*.cu`, are compiled when first used,
+and are launched by `CupyBackend._launch` alone. Nothing here waits for the device but `to_numpy`,
 `synchronize` and the upload of pageable memory by `asarray`.
 """
 
@@ -113,9 +113,11 @@ _SUFFIX = {np.dtype(np.float32): "_f32", np.dtype(np.float64): "_f64"}
 
 
 def source(name: str) -> str:
-    """The text of a `.cu` file as it is compiled."""
+    """The text of a `.cu` file as it is compiled; messages name its own lines."""
     folder = files("nnx.backends").joinpath("cuda")
-    return folder.joinpath("common.cuh").read_text() + folder.joinpath(name).read_text()
+    return "".join(
+        f'#line 1 "{part}"\n{folder.joinpath(part).read_text()}' for part in ("common.cuh", name)
+    )
 
 
 class CupyStepState(StepState):
@@ -265,6 +267,7 @@ class CupyBackend(XpBackend):
         self.device = device
         self._tickets: dict[Any, list[Array]] = {}
         self._handles: dict[Any, Cublas | None] = {}
+        self._plain: set[str] = set()  # expressions that don't compile
         self._staged: deque[tuple[Any, Any]] = deque()
 
     # ---- arrays --------------------------------------------------------------------------------
@@ -509,11 +512,23 @@ class CupyBackend(XpBackend):
 
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array:
         """As in `XpBackend`, in one launch; strides are CuPy's business."""
+        if expression in self._plain:
+            return super().elementwise(expression, out, **operands)
         check_operands(expression, out, operands)
         numbers = tuple(name for name, a in operands.items() if isinstance(a, (int, float)))
         kernel = _elementwise(expression, tuple(operands), numbers)
         kind = out.dtype.type
-        return kernel(*(kind(a) if name in numbers else a for name, a in operands.items()), out)
+        arguments = [kind(a) if name in numbers else a for name, a in operands.items()]
+        try:
+            return kernel(*arguments, out)
+        except self.xp.cuda.compiler.CompileException as error:
+            self._plain.add(expression)
+            _give_way(
+                f"the expression {expression!r} doesn't compile ({_first_line(error)}); "
+                "it runs as plain CuPy, with more launches",
+                error,
+            )
+        return super().elementwise(expression, out, **operands)
 
     # ---- ReLU ----------------------------------------------------------------------------------
 
@@ -1147,14 +1162,28 @@ def _compiles(device: int, file: str) -> bool:
     try:
         _load(device, file)
     except Exception as error:  # of NVRTC, the driver or CuPy
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if _is_of_the_device(error):
+            raise
         _give_way(
-            f"the kernels of {file} don't compile for device {device} ({reason}); "
+            f"the kernels of {file} don't compile for device {device} ({_first_line(error)}); "
             "their operations run as plain CuPy, slower and with more launches",
             error,
         )
         return False
     return True
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Whether it says nothing about the source: no memory, a fault before, a capture under way."""
+    from cupy.cuda import driver, runtime
+
+    return isinstance(error, (driver.CUDADriverError, runtime.CUDARuntimeError)) and (
+        error.status == 2 or error.status >= 700
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _give_way(message: str, error: Exception) -> None:
@@ -1168,12 +1197,15 @@ def _give_way(message: str, error: Exception) -> None:
 def _import_cupy() -> Any:
     try:
         import cupy
-    except ImportError as error:
-        raise BackendUnavailable(
-            "backend 'cupy' needs CuPy, which can't be imported "
-            f"({error}); install it with pip install 'nnx-xp[cuda13]' or 'nnx-xp[cuda12]'"
-        ) from error
+    except Exception as error:  # an ImportError, or whatever two CuPys in one folder end in
+        raise _unavailable(error) from error
     return cupy
+
+
+def _unavailable(error: object, device: int = 0) -> BackendUnavailable:
+    from nnx.backends.cuda_versions import cuda_versions, explain
+
+    return BackendUnavailable(f"backend 'cupy': {explain(error, cuda_versions(device))}")
 
 
 def device_count() -> int:
@@ -1186,10 +1218,7 @@ def device_count() -> int:
     try:
         return int(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:  # CuPy raises various types where driver or toolkit are missing
-        raise BackendUnavailable(
-            f"backend 'cupy' finds no usable CUDA driver or device ({error}); "
-            "check the driver with nvidia-smi, or use backend='numpy'"
-        ) from error
+        raise _unavailable(error) from error
 
 
 @functools.cache
@@ -1223,9 +1252,7 @@ def get_cupy_backend(device: int | None = None) -> CupyBackend:
         if device not in _backends:
             reason = probe(device)
             if reason is not None:
-                raise BackendUnavailable(
-                    f"backend 'cupy': device {device} doesn't run a one-element kernel ({reason})"
-                )
+                raise _unavailable(f"device {device} runs no one-element kernel: {reason}", device)
             _backends[device] = CupyBackend(device)
     return _backends[device]
 

@@ -697,6 +697,7 @@ def _info(args: argparse.Namespace) -> None:
         "cpus": {"usable": _usable_cpus(), "all": os.cpu_count()},
         "blas": _blas(),
         **_backends(),
+        "cuda": _cuda(),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if _matters(name)
         },
@@ -705,7 +706,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _matters(variable: str) -> bool:
-    return variable.startswith(("NNX_", "CUDA_VISIBLE")) or any(
+    return variable.startswith(("NNX_", "CUDA_VISIBLE", "CUDA_PATH", "CUPY_")) or any(
         variable in variables for variables in _THREADS.values()
     )
 
@@ -723,6 +724,9 @@ def _readable(info: dict[str, Any]) -> str:
     ]
     if info["cupy_problem"]:
         lines.append(("no CuPy", info["cupy_problem"]))
+    if info["cuda"]:
+        tf32 = "on" if info["cuda"]["tf32"] else "off"
+        lines += [("CUDA", info["cuda"]["found"]), ("TF32", f"{tf32} (by CUPY_TF32)")]
     for device in info["devices"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB"
         text = f"{device['model']}, {memory}, compute capability {device['compute_capability']}"
@@ -792,6 +796,19 @@ def _backends() -> dict[str, Any]:
         devices, problem = [], " ".join(f"{type(error).__name__}: {error}".split())
     names = ["numpy", *(device["name"] for device in devices)]
     return {"backends": names, "devices": devices, "cupy_problem": problem}
+
+
+def _cuda() -> dict[str, Any] | None:
+    """Versions of CuPy and of what it runs on; None where CuPy isn't installed."""
+    from nnx.backends.cuda_versions import cuda_versions
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = cuda_versions()
+    if not found.packages and found.cupy is None:
+        return None
+    tf32 = os.environ.get("CUPY_TF32", "0") not in ("", "0")
+    return {"found": str(found), **asdict(found), "tf32": tf32}
 
 
 def _device(name: str) -> dict[str, Any]:

@@ -969,6 +969,16 @@ def test_info_lists_the_device_that_is_there(run: Nnx) -> None:
     assert info["devices"][0]["name"] == "cupy:0"
     assert info["devices"][0]["memory"] > 0
     assert info["cupy_problem"] is None
+    cuda = info["cuda"]
+    assert cuda["driver"] >= 12000
+    assert cuda["nvrtc"] >= 12000
+    assert 10 * float(info["devices"][0]["compute_capability"]) == cuda["capability"]
+    assert cuda["tf32"] is False
+    text = run("info").out
+    assert re.search(
+        r"^CUDA +\S+ \S+, built for CUDA \d+\.\d, .*driver for CUDA", text, re.MULTILINE
+    )
+    assert re.search(r"^TF32 +off", text, re.MULTILINE)
 
 
 def test_info_reads_threads_from_the_environment(run: Nnx, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,14 +74,14 @@ __device__ void count_correct(u64* total, const T* scores, const i64* labels, i6
     }
 }
 
-extern "C" __global__ void count_correct_f32(u64* total, const float* scores, const i64* labels,
+extern "C" __global__ void count_correct_f32(i64* total, const float* scores, const i64* labels,
                                              i64 n_models, i64 n, i64 n_classes, i64 n_labels)
 {
-    count_correct(total, scores, labels, n_models, n, n_classes, n_labels);
+    count_correct((u64*)total, scores, labels, n_models, n, n_classes, n_labels);
 }
 
-extern "C" __global__ void count_correct_f64(u64* total, const double* scores, const i64* labels,
+extern "C" __global__ void count_correct_f64(i64* total, const double* scores, const i64* labels,
                                              i64 n_models, i64 n, i64 n_classes, i64 n_labels)
 {
-    count_correct(total, scores, labels, n_models, n, n_classes, n_labels);
+    count_correct((u64*)total, scores, labels, n_models, n, n_classes, n_labels);
 }
