@@ -1,9 +1,9 @@
-"""Fixtures for the whole suite, and the rule for tests that need a GPU or PyTorch.
+"""Fixtures for the whole suite, and the rule for tests that need a GPU, a compiler or PyTorch.
 
 A test marked `gpu` is skipped with a reason where no device works, and fails there if
-`NNX_REQUIRE_GPU=1`: a suite that skips in silence is green and proves nothing. `torch` likewise,
-with `NNX_REQUIRE_TORCH=1`. CuPy is asked for a device only when a test that needs one is about to
-run.
+`NNX_REQUIRE_GPU=1`: a suite that skips in silence is green and proves nothing. `torch`, `nvrtc`
+and `ptxas` likewise, with `NNX_REQUIRE_TORCH=1` and so on. CuPy is asked for a device only when a
+test that needs one is about to run.
 """
 
 import functools
@@ -11,6 +11,7 @@ import importlib
 import os
 from typing import Any
 
+import cuda_compilers
 import numpy as np
 import pytest
 
@@ -33,6 +34,15 @@ def _missing(marker: str) -> str | None:
         except ImportError as error:
             return f"PyTorch can't be imported: {error}"
         return None
+    if marker in ("nvrtc", "ptxas"):
+        try:
+            from cupy.cuda import nvrtc
+
+            nvrtc.getVersion()
+        except Exception as error:  # CuPy raises various types where NVRTC is missing
+            return f"no NVRTC: {error}"
+        program, reason = cuda_compilers.ptxas() if marker == "ptxas" else ("", "")
+        return f"no ptxas: {reason}" if program is None else None
     try:
         if any(name.startswith("cupy") for name in available()):
             return None
@@ -44,7 +54,8 @@ def _missing(marker: str) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker, variable in (("gpu", "NNX_REQUIRE_GPU"), ("torch", "NNX_REQUIRE_TORCH")):
+    for marker in ("gpu", "torch", "nvrtc", "ptxas"):
+        variable = f"NNX_REQUIRE_{marker.upper()}"
         if item.get_closest_marker(marker) is None:
             continue
         reason = _missing(marker)
