@@ -42,11 +42,15 @@ _NO_MEMORY = 2  # cudaErrorMemoryAllocation
 THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
+_SHARED = 47 * 1024  # bytes of shared memory that a kernel may ask for at launch
+
 # What a block keeps in registers, as normalization.cu has it: bytes of a row, bytes of a tile of a
 # batch, and the tile's columns.
 _ROW = 64 * THREADS
 _TILE = 128 * THREADS
 _TILE_WIDTH = 8
+
+_SOFTMAX_NLL = "=T =T? =T =u32 T i64? T? T? T? T? T? float float float " + " ".join(["int"] * 11)
 
 # Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64",
 # "f64" and "any", "=" before one it writes, "?" behind one that may be None, "*" behind `(n,)` or
@@ -57,13 +61,12 @@ _KERNELS = {
     "relu_backward": ("relu.cu", "=T T u32 int"),
     "bias_relu": ("relu.cu", "=T =u32 T* int int int"),
     "bias_backward": ("relu.cu", "=T* =T? =T? =u32? T u32? int int int int int int int"),
-    "softmax_nll": (
-        "softmax_nll.cu",
-        "=T =T? =T =u32 T i64? T? T? T? T? T? float float float " + " ".join(["int"] * 9),
-    ),
+    "softmax_nll": ("softmax_nll.cu", _SOFTMAX_NLL),
+    "softmax_nll_wide": ("softmax_nll.cu", _SOFTMAX_NLL),
+    "softmax_nll_long": ("softmax_nll.cu", _SOFTMAX_NLL),
     "softmax_nll_weight": (
         "softmax_nll.cu",
-        "=T =T =u32 i64? T? T? T? int int int int int int int",
+        "=T =T =u32 i64? T? T? T? " + " ".join(["int"] * 9),
     ),
     "dropout": ("dropout.cu", "=T =u8 T i64 uint uint uint uint float int"),
     "dropout_backward": ("dropout.cu", "=T T u8 float int"),
@@ -310,6 +313,14 @@ class CupyBackend(XpBackend):
         while self._staged and self._staged[0][0].done:
             self._staged.popleft()
 
+    def _cast(self, a: Array, dtype: Any) -> Array:
+        """`a` in this dtype: itself if it has it, else a copy in memory of the step."""
+        if a.dtype == dtype:
+            return a
+        out = self.empty(a.shape, np.dtype(dtype))
+        self.xp.copyto(out, a, casting="unsafe")
+        return out
+
     def synchronize(self) -> None:
         """Wait until everything on the current stream is done."""
         with self.activate():
@@ -385,7 +396,9 @@ class CupyBackend(XpBackend):
 
     # ---- launching -----------------------------------------------------------------------------
 
-    def _launch(self, name: str, dtype: Any, items: int, *arguments: Any, lanes: int = 1) -> None:
+    def _launch(
+        self, name: str, dtype: Any, items: int, *arguments: Any, lanes: int = 1, shared: int = 0
+    ) -> None:
         """Launch a kernel: the one place that does.
 
         Args:
@@ -395,6 +408,7 @@ class CupyBackend(XpBackend):
             arguments: In the kernel's order. An array comes as `(array, size)` with the number of
                 elements it must have, or None; an input is made contiguous if it isn't.
             lanes: Threads that share a piece of work.
+            shared: Bytes of shared memory of a block, at most `_SHARED`.
 
         Raises:
             TypeError: An array's dtype isn't the kernel's.
@@ -418,7 +432,8 @@ class CupyBackend(XpBackend):
         threads = items * lanes
         grid = min(-(-threads // THREADS), 32 * self._multiprocessors)
         suffix = _SUFFIX[dtype] if dtype is not None else ""
-        self._kernel(file, name + suffix)((grid,), (THREADS,), tuple(call))
+        kernel = self._kernel(file, name + suffix)
+        kernel((grid,), (THREADS,), tuple(call), shared_mem=shared)
 
     def _checked(self, name: str, kind: str, dtype: Any, array: Array, size: int) -> Array:
         plain = kind.strip("=?*")
@@ -656,10 +671,8 @@ class CupyBackend(XpBackend):
             return None if a is None else (a, a.size)
 
         soft = target.dtype.kind == "f"
-        if not soft:
-            target = target.astype(np.int64, copy=False)
-        if weight is not None:
-            weight = weight.astype(dtype, copy=False)
+        target = self._cast(target, dtype if soft else np.int64)
+        weight = None if weight is None else self._cast(weight, dtype)
         n_targets = target.size // n_classes if soft else target.size
         n_weights = 0 if weight is None else weight.size
         ignored = (0, 0) if ignore_index is None else (ignore_index, 1)
@@ -670,39 +683,46 @@ class CupyBackend(XpBackend):
             optional(weight),
         )
         sizes = (n, n_classes, n_targets, n_weights, *ignored)
-        of_rows = self.empty((n_models * n,), dtype)
+        name, lanes, shared = _softmax_kernel(n_classes, dtype.itemsize, soft)
+        part, parts = _parts(n, THREADS // lanes)
         count, denominator = float(n), None
         if isinstance(normalizer, (int, float)):
             count = float(normalizer)
         elif normalizer is not None:
-            denominator = normalizer.astype(dtype, copy=False)
+            denominator = self._cast(normalizer, dtype)
         elif any(a is not None for a in (weight, class_weight, ignore_index)):
-            shared = max(n_targets, n_weights) == n
-            denominator = self.empty((1 if shared else n_models,), dtype)
+            alike = max(n_targets, n_weights) == n  # in all models
+            denominator = self.empty((1 if alike else n_models,), dtype)
+            readers = min(lanes, 32) if soft else 1
+            rows, blocks = _parts(n, THREADS // readers)
+            blocks *= denominator.size
             self._launch(
                 "softmax_nll_weight",
                 dtype,
-                denominator.size * n,
+                blocks,
                 optional(denominator),
-                (of_rows, of_rows.size),
+                (self.empty((blocks,), dtype), blocks),
                 (self._ticket(), 1),
                 *targets,
+                readers,
+                rows,
                 denominator.size,
                 *sizes,
-                lanes=32,
+                lanes=THREADS,
             )
         scale, factor = 1.0, None
         if isinstance(grad_scale, (int, float)):
             scale = float(grad_scale)
         elif grad_scale is not None:
-            factor = grad_scale.astype(dtype, copy=False)
+            factor = self._cast(grad_scale, dtype)
+        parts *= n_models
         self._launch(
-            "softmax_nll",
+            name,
             dtype,
-            n_models * n,
+            parts,
             (loss, n_models),
             optional(gradient),
-            (of_rows, of_rows.size),
+            (self.empty((parts,), dtype), parts),
             (self._ticket(), 1),
             (logits, n_models * n * n_classes),
             *targets,
@@ -711,11 +731,14 @@ class CupyBackend(XpBackend):
             count,
             scale,
             label_smoothing,
+            lanes,
+            part,
             n_models,
             *sizes,
             0 if denominator is None else denominator.size,
             0 if factor is None else factor.size,
-            lanes=32,
+            lanes=THREADS,
+            shared=shared,
         )
         return loss, gradient
 
@@ -1139,6 +1162,31 @@ def _partition(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[i
     chunks = max(min(rows // 32, 256 // parts), 1)
     chunk_rows = -(-rows // (chunks * WARPS)) * WARPS
     return width, parts, max(-(-rows // chunk_rows), 1) if rows else 1, chunk_rows
+
+
+@functools.cache
+def _softmax_kernel(n_classes: int, itemsize: int, soft: bool) -> tuple[str, int, int]:
+    """The kernel of `softmax_nll` for rows of this width, its threads per row, its shared memory.
+
+    Up to 1,024 classes a row has lanes of a warp, as many as keep each busy; beyond, a block.
+    """
+
+    def staged(rows: int) -> int:  # a tile of logits, one of soft targets, both 16-byte aligned
+        return (1 + soft) * (rows * n_classes * itemsize + 32)
+
+    lanes = min(1 << max(n_classes, 1).bit_length() - 1, 32)
+    tile = staged(THREADS // lanes)
+    if n_classes <= 1024 and tile <= _SHARED:
+        return "softmax_nll", lanes, tile
+    if staged(1) <= _SHARED:
+        return "softmax_nll_wide", THREADS, staged(1)
+    return "softmax_nll_long", THREADS, 0
+
+
+def _parts(n: int, tile: int) -> tuple[int, int]:
+    """Rows that a block takes of n, a multiple of its tile; and how many blocks it takes."""
+    rows = tile * -(-n // (tile * 4096))  # so that the last block sums up 4,096 numbers at most
+    return rows, -(-n // rows)
 
 
 @functools.cache

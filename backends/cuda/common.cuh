@@ -117,3 +117,58 @@ template <typename T> __device__ inline T read_shared(const T* p)
 {
     return *(const volatile T*)p;
 }
+
+// ---- teams: the threads that share a row, and what they find out together -------------------------
+
+template <typename T> __device__ inline T shuffle(T v, int distance)
+{
+    return __shfl_xor_sync(ALL, v, distance);
+}
+
+// `size` neighbors of a warp; a power of two up to 32. All lanes of the warp must call `reduce`.
+struct Lanes {
+    int size;
+    __device__ int rank() const { return threadIdx.x & (size - 1); }
+
+    // f over the values of all, in every thread; f(a, b) must be f(b, a).
+    template <typename T, class F> __device__ T reduce(T v, F f) const
+    {
+        for (int d = size / 2; d > 0; d /= 2) v = f(v, shuffle(v, d));
+        return v;
+    }
+};
+
+struct WholeBlock {
+    static constexpr int size = THREADS;
+    __device__ int rank() const { return threadIdx.x; }
+
+    template <typename T, class F> __device__ T reduce(T v, F f) const
+    {
+        __shared__ T partial[WARPS];
+        v = Lanes{32}.reduce(v, f);
+        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+        __syncthreads();
+        v = partial[0];
+        for (int w = 1; w < WARPS; ++w) v = f(v, partial[w]);
+        __syncthreads();
+        return v;
+    }
+};
+
+struct Plus {
+    template <typename T> __device__ T operator()(T a, T b) const { return a + b; }
+};
+
+// to[i] = from[i] for i < n, by the block; 16 bytes at a time if both are as far from a boundary.
+template <typename T> __device__ inline void block_copy(T* to, const T* from, int n)
+{
+    const int width = 16 / sizeof(T);
+    int head = min(n, (int)(-(u64)from / sizeof(T) % width));
+    if (((u64)to - (u64)from) % 16) head = n;
+    int packs = (n - head) / width, tail = head + packs * width;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < head; i += THREADS) to[i] = from[i];
+    for (int i = threadIdx.x; i < packs; i += THREADS)
+        ((int4*)(to + head))[i] = ((const int4*)(from + head))[i];
+    if (tail + threadIdx.x < n) to[tail + threadIdx.x] = from[tail + threadIdx.x];
+}
