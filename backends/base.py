@@ -166,6 +166,7 @@ class Backend(Protocol):
     def fetch(self, arrays: Sequence[Array]) -> list[np.ndarray]: ...
     def upload(self, host: np.ndarray, out: Array) -> None: ...
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
+    def cast(self, a: Array, dtype: Any) -> Array: ...
     def synchronize(self) -> None: ...
     def activate(self) -> contextlib.AbstractContextManager[Any]: ...
     def fits(self, nbytes: int) -> bool: ...
@@ -276,7 +277,19 @@ class Backend(Protocol):
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]: ...
-    def count_correct(self, scores: Array, labels: Array, total: Array) -> None: ...
+    def count_correct(
+        self,
+        scores: Array,
+        labels: Array,
+        total: Array,
+        *,
+        k: int = 1,
+        ignore_index: int | None = None,
+    ) -> None: ...
+    def confusion(
+        self, scores: Array, labels: Array, total: Array, *, threshold: float | None = None
+    ) -> None: ...
+    def add_sums(self, terms: Array, total: Array) -> None: ...
 
 
 FUNCTIONS = frozenset(
@@ -438,6 +451,14 @@ class XpBackend:
         if arena is None or arena.xp is not self.xp:
             return self.xp.empty(shape, dtype)
         return arena.empty(shape, dtype)
+
+    def cast(self, a: Array, dtype: Any) -> Array:
+        """`a` in this dtype: itself if it has it, else a copy in an `empty` array."""
+        if a.dtype == dtype:
+            return a
+        out = self.empty(a.shape, np.dtype(dtype))
+        self.xp.copyto(out, a, casting="unsafe")
+        return out
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was asked."""
@@ -738,15 +759,82 @@ class XpBackend:
             factor = weight * factor
         return xp.where(valid | (factor == 0), factor, nan)
 
-    def count_correct(self, scores: Array, labels: Array, total: Array) -> None:
-        """Add to `total`, int64 `()` or `(K,)`, how many rows have their maximum at the label.
+    def count_correct(
+        self,
+        scores: Array,
+        labels: Array,
+        total: Array,
+        *,
+        k: int = 1,
+        ignore_index: int | None = None,
+    ) -> None:
+        """Add to `total` how many rows have their label among the k largest scores.
+
+        Of equal scores those of lower classes count as larger; NaN is larger than any number.
 
         Args:
-            scores: `(N, C)` or `(K, N, C)`. The first of equal maxima counts.
-            labels: int64 `(N,)` or `(K, N)`.
+            scores: `(N, C)` or `(K, N, C)`.
+            labels: int64 `(N,)` or `(K, N)`; one outside 0..C-1 is never right.
+            total: int64 `()` or `(K,)`, written. With `ignore_index` `(2,)` or `(2, K)`: those that
+                are right, and those that count.
+            k: At least 1.
+            ignore_index: Rows with this label count for nothing.
+        """
+        xp = self.xp
+        right = scores.argmax(axis=-1) == labels if k == 1 else self._rank(scores, labels) < k
+        if ignore_index is None:
+            xp.add(total, right.sum(axis=-1), out=total)
+            return
+        counts = labels != ignore_index
+        for i, hits in enumerate((right & counts, counts)):
+            xp.add(total[i, ...], hits.sum(axis=-1), out=total[i, ...])
+
+    def _rank(self, scores: Array, labels: Array) -> Array:
+        """How many scores of a row are larger than the label's; C for a label out of range."""
+        xp, n_classes = self.xp, scores.shape[-1]
+        valid = (labels >= 0) & (labels < n_classes)
+        at = xp.broadcast_to(xp.where(valid, labels, 0), scores.shape[:-1])[..., None]
+        score = xp.take_along_axis(scores, at, axis=-1)
+        nan = score != score
+        level = (scores == score) | (nan & (scores != scores))
+        larger = ~(nan | (scores <= score)) | (level & (xp.arange(n_classes) < at))
+        return xp.where(valid, larger.sum(axis=-1), n_classes)
+
+    def confusion(
+        self, scores: Array, labels: Array, total: Array, *, threshold: float | None = None
+    ) -> None:
+        """Add to `total[..., i, j]` how many rows of label i are predicted to be of class j.
+
+        Args:
+            scores: `(N, C)` or `(K, N, C)`: the prediction is the first of the largest. Or the
+                predictions as int64, `(N,)` or `(K, N)`. Or, with a threshold, one score, which is
+                of class 1 where it is above.
+            labels: int64 `(N,)` or `(K, N)`. A row whose label or prediction is outside 0..C-1
+                isn't counted.
+            total: int64 `(C, C)` or `(K, C, C)`, written.
+            threshold: Compared in the dtype of the scores.
+        """
+        xp, c = self.xp, total.shape[-1]
+        if threshold is not None:
+            predicted = (scores > scores.dtype.type(threshold)).astype(np.int64)
+        else:
+            predicted = scores.argmax(axis=-1) if scores.dtype.kind == "f" else scores
+        valid = (labels >= 0) & (labels < c) & (predicted >= 0) & (predicted < c)
+        cell = xp.where(valid, labels * c + predicted, 0)
+        if total.ndim == 3:
+            cell = cell + xp.arange(len(total))[:, None] * c**2
+        # CuPy adds uint64 by atomics, but not int64; integers come out the same in any order
+        flat = total.reshape(-1).view(np.uint64)
+        xp.add.at(flat, cell.reshape(-1), valid.reshape(-1).astype(np.uint64))
+
+    def add_sums(self, terms: Array, total: Array) -> None:
+        """Add to `total`, float64 `(..., n)`, the sum in float64 of the rows of `terms`.
+
+        Args:
+            terms: `(..., N, n)`.
             total: Written.
         """
-        self.xp.add(total, (scores.argmax(axis=-1) == labels).sum(axis=-1), out=total)
+        self.xp.add(total, terms.sum(axis=-2, dtype=np.float64), out=total)
 
     # ---- dropout -------------------------------------------------------------------------------
 

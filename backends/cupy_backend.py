@@ -103,7 +103,9 @@ _KERNELS = {
         "=T =T =T =T =i64 =u32 T T? f64 u8 f64 float float float float int int",
     ),
     "gather_rows": ("batch.cu", "=any? =any? =any? any? any? any? i64 i64 int int int int int"),
-    "count_correct": ("batch.cu", "=i64 T i64 int int int int"),
+    "count_correct": ("metrics.cu", "=i64 T i64 int int int int int int int int"),
+    "confusion": ("metrics.cu", "=i64 T? i64? i64 float int int int int int int int"),
+    "add_sums": ("metrics.cu", "=f64 =f64 =u32 T int int int int"),
 }
 _DTYPES = {
     "u32": np.dtype(np.uint32),
@@ -312,14 +314,6 @@ class CupyBackend(XpBackend):
         self._staged.append((copied, memory))
         while self._staged and self._staged[0][0].done:
             self._staged.popleft()
-
-    def _cast(self, a: Array, dtype: Any) -> Array:
-        """`a` in this dtype: itself if it has it, else a copy in memory of the step."""
-        if a.dtype == dtype:
-            return a
-        out = self.empty(a.shape, np.dtype(dtype))
-        self.xp.copyto(out, a, casting="unsafe")
-        return out
 
     def synchronize(self) -> None:
         """Wait until everything on the current stream is done."""
@@ -671,8 +665,8 @@ class CupyBackend(XpBackend):
             return None if a is None else (a, a.size)
 
         soft = target.dtype.kind == "f"
-        target = self._cast(target, dtype if soft else np.int64)
-        weight = None if weight is None else self._cast(weight, dtype)
+        target = self.cast(target, dtype if soft else np.int64)
+        weight = None if weight is None else self.cast(weight, dtype)
         n_targets = target.size // n_classes if soft else target.size
         n_weights = 0 if weight is None else weight.size
         ignored = (0, 0) if ignore_index is None else (ignore_index, 1)
@@ -689,7 +683,7 @@ class CupyBackend(XpBackend):
         if isinstance(normalizer, (int, float)):
             count = float(normalizer)
         elif normalizer is not None:
-            denominator = self._cast(normalizer, dtype)
+            denominator = self.cast(normalizer, dtype)
         elif any(a is not None for a in (weight, class_weight, ignore_index)):
             alike = max(n_targets, n_weights) == n  # in all models
             denominator = self.empty((1 if alike else n_models,), dtype)
@@ -714,7 +708,7 @@ class CupyBackend(XpBackend):
         if isinstance(grad_scale, (int, float)):
             scale = float(grad_scale)
         elif grad_scale is not None:
-            factor = self._cast(grad_scale, dtype)
+            factor = self.cast(grad_scale, dtype)
         parts *= n_models
         self._launch(
             name,
@@ -742,25 +736,99 @@ class CupyBackend(XpBackend):
         )
         return loss, gradient
 
-    @_by_kernel("batch.cu")
-    def count_correct(self, scores: Array, labels: Array, total: Array) -> None:
+    @_by_kernel("metrics.cu")
+    def count_correct(
+        self,
+        scores: Array,
+        labels: Array,
+        total: Array,
+        *,
+        k: int = 1,
+        ignore_index: int | None = None,
+    ) -> None:
         """As in `XpBackend`, in one launch."""
-        *models, n, n_classes = scores.shape
-        n_models = models[0] if models else 1
+        n, n_classes = scores.shape[-2:]
+        n_models = scores.shape[0] if scores.ndim == 3 else 1
+        labels = self.cast(labels, np.int64)
+        lanes, shared = _tile(n_classes, scores.dtype.itemsize)
         if n:
             self._launch(
                 "count_correct",
                 scores.dtype,
-                n_models * n,
-                (total, n_models),
+                -(-n // (THREADS // lanes)) * n_models,
+                (total, n_models if ignore_index is None else 2 * n_models),
                 (scores, scores.size),
-                (labels.astype(np.int64, copy=False), labels.size),
+                (labels, labels.size),
+                lanes,
                 n_models,
                 n,
                 n_classes,
                 labels.size,
-                lanes=32,
+                k,
+                ignore_index or 0,
+                ignore_index is not None,
+                lanes=THREADS,
+                shared=shared,
             )
+
+    @_by_kernel("metrics.cu")
+    def confusion(
+        self, scores: Array, labels: Array, total: Array, *, threshold: float | None = None
+    ) -> None:
+        """As in `XpBackend`, in one launch."""
+        n_classes = total.shape[-1]
+        n_models = total.shape[0] if total.ndim == 3 else 1
+        floating, labels = scores.dtype.kind == "f", self.cast(labels, np.int64)
+        width = 0 if not floating else 1 if threshold is not None else n_classes
+        dtype = scores.dtype if floating else np.dtype(np.float32)
+        n = scores.size // (n_models * max(width, 1))
+        predicted = None if floating else (self.cast(scores, np.int64), n_models * n)
+        lanes, shared = _tile(width, dtype.itemsize)
+        if n:
+            self._launch(
+                "confusion",
+                dtype,
+                -(-n // (THREADS // lanes)) * n_models,
+                (total, n_models * n_classes**2),
+                (scores, n_models * n * width) if floating else None,
+                predicted,
+                (labels, labels.size),
+                threshold or 0.0,
+                lanes,
+                n_models,
+                n,
+                width,
+                n_classes,
+                labels.size,
+                threshold is not None,
+                lanes=THREADS,
+                shared=shared,
+            )
+
+    @_by_kernel("metrics.cu")
+    def add_sums(self, terms: Array, total: Array) -> None:
+        """As in `XpBackend`, in one launch."""
+        n, columns = terms.shape[-2:]
+        n_models = total.size // max(columns, 1)
+        if not terms.size:
+            return
+        part = max(-(-n // 64), -(-4096 // columns))  # at most 64, of some work each
+        parts = n_models * -(-n // part)
+        partial = self.empty((parts * columns,), np.dtype(np.float64))
+        self._launch(
+            "add_sums",
+            terms.dtype,
+            parts,
+            (total, n_models * columns),
+            (partial, partial.size),
+            (self._ticket(), 1),
+            (terms, terms.size),
+            n_models,
+            n,
+            columns,
+            part,
+            lanes=THREADS,
+        )
 
     # ---- dropout -------------------------------------------------------------------------------
 
@@ -1165,21 +1233,27 @@ def _partition(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[i
 
 
 @functools.cache
-def _softmax_kernel(n_classes: int, itemsize: int, soft: bool) -> tuple[str, int, int]:
-    """The kernel of `softmax_nll` for rows of this width, its threads per row, its shared memory.
+def _tile(width: int, itemsize: int) -> tuple[int, int]:
+    """Threads for each row of this width, and bytes of shared memory for a block's rows.
 
-    Up to 1,024 classes a row has lanes of a warp, as many as keep each busy; beyond, a block.
+    Up to 1,024 elements a row has lanes of a warp, as many as keep each busy; beyond, or where the
+    memory isn't enough, it has a block.
     """
+    lanes = min(1 << max(width, 1).bit_length() - 1, 32)
+    shared = THREADS // lanes * width * itemsize + 16  # 16: alignment
+    return (lanes, shared) if width <= 1024 and shared <= _SHARED else (THREADS, 0)
 
-    def staged(rows: int) -> int:  # a tile of logits, one of soft targets, both 16-byte aligned
-        return (1 + soft) * (rows * n_classes * itemsize + 32)
 
-    lanes = min(1 << max(n_classes, 1).bit_length() - 1, 32)
-    tile = staged(THREADS // lanes)
-    if n_classes <= 1024 and tile <= _SHARED:
-        return "softmax_nll", lanes, tile
-    if staged(1) <= _SHARED:
-        return "softmax_nll_wide", THREADS, staged(1)
+@functools.cache
+def _softmax_kernel(n_classes: int, itemsize: int, soft: bool) -> tuple[str, int, int]:
+    """The kernel of `softmax_nll` for rows of this width, threads for each row, shared memory."""
+    arrays = 1 + soft  # that are staged
+    lanes, shared = _tile(n_classes, arrays * itemsize)
+    if shared:
+        return "softmax_nll", lanes, shared + 16 * arrays
+    shared = arrays * (n_classes * itemsize + 32)
+    if shared <= _SHARED:
+        return "softmax_nll_wide", THREADS, shared
     return "softmax_nll_long", THREADS, 0
 
 

@@ -10,8 +10,9 @@ a single model at once, and wait for the device.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Metric:
     name: str
 
     def start(self, backend: Backend, n_models: int | None) -> Array:
-        """A fresh total: an array of any shape, after an axis of K models if there are."""
+        """A fresh total: an array of any shape."""
         raise NotImplementedError
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:
@@ -41,71 +42,57 @@ class Metric:
         raise NotImplementedError
 
 
-class Accuracy(Metric):
+class _Share(Metric):
+    """Fraction of samples whose label is among the k largest outputs."""
+
+    k: int
+    ignore_index: int | None
+
+    def start(self, backend: Backend, n_models: int | None) -> Array:
+        return _start(backend, n_models, np.int64, self.ignore_index)
+
+    def update(self, total: Array, prediction: Array, target: Array) -> None:
+        backend = backend_of(total, prediction, target)
+        rows, n_models = _per_model(total, self.ignore_index)
+        scores, labels = _rows(backend, prediction, target, n_models)
+        backend.count_correct(scores, labels, rows, k=self.k, ignore_index=self.ignore_index)
+
+    def result(self, total: np.ndarray, n: int) -> Any:
+        return _quotient(total, n) if self.ignore_index is None else _quotient(*total)
+
+
+class Accuracy(_Share):
     """Fraction of samples whose largest output is at the label; of equal ones the first counts.
+
+    NaN counts as larger than any number.
 
     Args:
         ignore_index: Samples with this label count for nothing, as in `SoftmaxNLL`.
     """
 
     name = "accuracy"
+    k = 1
 
     def __init__(self, ignore_index: int | None = None) -> None:
         self.ignore_index = ignore_index
 
-    def start(self, backend: Backend, n_models: int | None) -> Array:  # noqa: D102
-        models = () if n_models is None else (n_models,)
-        if self.ignore_index is None:
-            return backend.xp.zeros(models, np.int64)
-        return backend.xp.zeros((2, *models), np.int64)  # right ones, and those that count
 
-    def update(self, total: Array, prediction: Array, target: Array) -> None:  # noqa: D102
-        backend = backend_of(total, prediction, target)
-        if target.dtype.kind == "f":  # of a soft target the largest entry is the label
-            labels = backend.empty(target.shape[:-1], np.int64)
-            target = backend.xp.argmax(target, axis=-1, out=labels)
-        if self.ignore_index is None:
-            backend.count_correct(prediction, target, total)
-            return
-        counts = target != self.ignore_index
-        target = backend.xp.where(counts, target, -1)
-        backend.count_correct(prediction, target, total[0, ...])
-        total[1] += counts.sum(axis=-1)
-
-    def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        return _quotient(total, n) if self.ignore_index is None else _quotient(total[0], total[1])
-
-
-class TopKAccuracy(Metric):
+class TopKAccuracy(_Share):
     """Fraction of samples whose label is among the k largest outputs.
 
     Of equal outputs those of lower classes count as larger, so that k=1 is `Accuracy`.
 
     Args:
         k: At least 1.
+        ignore_index: Samples with this label count for nothing, as in `SoftmaxNLL`.
     """
 
-    def __init__(self, k: int = 5) -> None:
+    def __init__(self, k: int = 5, ignore_index: int | None = None) -> None:
         if k != int(k) or k < 1:
             raise ValueError(f"TopKAccuracy: expected an integer k of at least 1, got {k!r}")
-        self.k = k
+        self.k = int(k)
+        self.ignore_index = ignore_index
         self.name = f"top_{k}_accuracy"
-
-    def start(self, backend: Backend, n_models: int | None) -> Array:  # noqa: D102
-        return backend.xp.zeros(() if n_models is None else (n_models,), np.int64)
-
-    def update(self, total: Array, prediction: Array, target: Array) -> None:  # noqa: D102
-        xp = backend_of(total, prediction, target).xp
-        scores, labels, valid = _rows(xp, prediction, target, total.size)
-        at_label = xp.take_along_axis(scores, labels[..., None], axis=-1)
-        earlier = xp.arange(scores.shape[-1]) < labels[..., None]
-        # counted from below, so that NaN is among the largest
-        rank = scores.shape[-1] - (scores <= at_label).sum(axis=-1)
-        rank += ((scores == at_label) & earlier).sum(axis=-1)
-        total += ((rank < self.k) & valid).sum(axis=-1).reshape(total.shape)
-
-    def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        return _quotient(total, n)
 
 
 class LogLoss(Metric):
@@ -114,6 +101,7 @@ class LogLoss(Metric):
     Args:
         from_logits: Whether predictions are logits; else probabilities, of which those below the
             dtype's epsilon count as epsilon, as in scikit-learn.
+        ignore_index: Samples with this label count for nothing, as in `SoftmaxNLL`; for labels.
 
     Shape:
         Class scores `(N, C)` with labels `(N,)` or soft targets `(N, C)`; or one output per sample,
@@ -122,45 +110,70 @@ class LogLoss(Metric):
 
     name = "log_loss"
 
-    def __init__(self, from_logits: bool = True) -> None:
-        self.from_logits = from_logits
+    def __init__(self, from_logits: bool = True, ignore_index: int | None = None) -> None:
+        self.from_logits, self.ignore_index = from_logits, ignore_index
 
     def start(self, backend: Backend, n_models: int | None) -> Array:  # noqa: D102
-        return backend.xp.zeros(() if n_models is None else (n_models,), np.float64)
+        return _start(backend, n_models, np.float64, self.ignore_index)
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:  # noqa: D102
-        backend = backend_of(total, prediction, target)
-        xp, dtype = backend.xp, prediction.dtype
-        if not self.from_logits:
-            low = float(np.finfo(dtype).eps)
-            prediction = xp.clip(prediction, low, None)
-        if prediction.ndim - total.ndim == 1 or prediction.shape[-1] == 1:
-            z = _flat(prediction, total.size)
-            t = _like(target, z).astype(dtype)
-            if self.from_logits:  # log(1 + exp(z)) - t z
-                loss = xp.maximum(z, 0) - z * t + xp.log1p(xp.exp(-xp.abs(z)))
-            else:
-                loss = -(t * xp.log(z) + (1 - t) * xp.log(xp.clip(1 - z, low, None)))
-            total += loss.sum(axis=-1, dtype=np.float64).reshape(total.shape)
-            return
-        logits = prediction if self.from_logits else xp.log(prediction)
-        soft = target.dtype.kind == "f"
-        scores, labels, valid = _rows(xp, logits, target, total.size, need_labels=not soft)
-        # a label out of range makes the loss NaN
-        targets = target.reshape(-1, *scores.shape[1:]) if soft else xp.where(valid, labels, -1)
-        for k in range(total.size):
-            t = targets[k if len(targets) > 1 else 0]
-            if self.from_logits:
-                loss, _ = backend.softmax_nll(scores[k], t, normalizer=1.0, need_gradient=False)
-            elif soft:
-                loss = -(scores[k] * t).sum(dtype=np.float64)
-            else:
-                at_label = xp.take_along_axis(scores[k], t[:, None], axis=1)[:, 0]
-                loss = -xp.where(t < 0, math.nan, at_label).sum(dtype=np.float64)
-            total.reshape(-1)[k : k + 1] += loss
+        backend, ignore = backend_of(total, prediction, target), self.ignore_index
+        rows, n_models = _per_model(total, ignore)
+        losses = rows if ignore is None else rows[0]
+        width, labels = prediction.shape[-1], None
+        one = width == 1 or prediction.ndim == 1 + total.ndim - (ignore is not None)
+        if one:
+            y = _flat(prediction, n_models)
+            labels = t = _like(target, y.shape)
+        elif target.dtype.kind != "f":
+            y, labels = _rows(backend, prediction, target, n_models)
+            t = labels
+        elif ignore is None:
+            y = prediction.reshape(n_models, -1, width)
+            t = target.reshape(-1, *y.shape[1:])
+        else:
+            raise TypeError(
+                f"LogLoss: expected integer labels with ignore_index, got {target.dtype} of shape "
+                f"{target.shape}"
+            )
+        if self.from_logits and not one:
+            t = t[0] if len(t) == 1 else t  # the same for all models
+            loss, _ = backend.softmax_nll(
+                y, t, ignore_index=ignore, normalizer=1.0, need_gradient=False
+            )
+            backend.xp.add(losses, loss, out=losses)
+        else:
+            terms = self._terms(backend, y, t, one)
+            backend.add_sums(terms.reshape(n_models, -1, 1), losses[:, None])
+        if labels is not None and ignore is not None:
+            shape = (n_models, labels.shape[1])
+            t = _spread(backend, labels, shape, np.float64)
+            counts = backend.empty(shape, np.float64)
+            backend.elementwise("where(t == ignored, 0, 1)", counts, t=t, ignored=float(ignore))
+            backend.add_sums(counts[..., None], rows[1][:, None])
+
+    def _terms(self, backend: Backend, y: Array, t: Array, one: bool) -> Array:
+        """What the loss is the sum of: one output's `(K, M)`, or `(K, N, C)` of probabilities."""
+        operands: dict[str, Any] = {} if self.from_logits else {"low": float(np.finfo(y.dtype).eps)}
+        if one and self.from_logits:
+            value = "maximum(y, 0) - y * t + log1p(exp(-abs(y)))"  # log(1 + exp(y)) - t y
+        elif one:
+            value = "-(t * log(maximum(y, low)) + (1 - t) * log(maximum(1 - y, low)))"
+        elif t.ndim == y.ndim:
+            value = "-t * log(maximum(y, low))"
+        else:  # a label out of range makes the loss NaN
+            t = t[..., None]
+            value = "where(t == j, -log(maximum(y, low)), where(t < 0, nan, where(t < n, 0, nan)))"
+            j = backend.xp.broadcast_to(_classes(cast(Any, backend), y.shape[-1], y.dtype), y.shape)
+            operands |= {"j": j, "n": y.shape[-1], "nan": math.nan}
+        if self.ignore_index is not None:
+            value = f"where(t == ignored, 0, {value})"
+            operands["ignored"] = self.ignore_index
+        t = _spread(backend, t, y.shape, y.dtype)
+        return backend.elementwise(value, backend.empty(y.shape, y.dtype), y=y, t=t, **operands)
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        return _quotient(total, n)
+        return _quotient(total, n) if self.ignore_index is None else _quotient(*total)
 
 
 class ConfusionMatrix(Metric):
@@ -190,51 +203,48 @@ class ConfusionMatrix(Metric):
         return backend.xp.zeros(shape if n_models is None else (n_models, *shape), np.int64)
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:  # noqa: D102
-        xp, c = backend_of(total, prediction, target).xp, self.n_classes
-        n_models = total.size // c**2
+        backend, c = backend_of(total, prediction, target), self.n_classes
+        rows = total.reshape(-1, c, c)
         if prediction.dtype.kind == "f":
             if prediction.shape[-1] != c:
                 raise ValueError(
                     f"ConfusionMatrix: expected scores of {c} classes, got {prediction.shape}"
                 )
-            scores, labels, valid = _rows(xp, prediction, target, n_models)
-            predicted = scores.argmax(axis=-1)
+            predicted, labels = _rows(backend, prediction, target, len(rows))
         else:
-            predicted = _flat(prediction, n_models).astype(np.int64)
-            labels = _like(target, predicted).astype(np.int64)
-            valid = (labels >= 0) & (labels < c) & (predicted >= 0) & (predicted < c)
-        cell = xp.where(valid, labels * c + predicted, 0) + xp.arange(n_models)[:, None] * c**2
-        count = xp.broadcast_to(valid, cell.shape).reshape(-1).astype(np.uint64)
-        # CuPy adds uint64 by atomics, but not int64; integers come out the same in any order
-        xp.add.at(total.reshape(-1).view(np.uint64), cell.reshape(-1), count)
+            predicted = backend.cast(_flat(prediction, len(rows)), np.int64)
+            labels = backend.cast(_like(target, predicted.shape), np.int64)
+        backend.confusion(predicted, labels, rows)
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
         return total
 
 
 class _Binary(Metric):
-    """Counts of true positives, false positives and false negatives, and a quotient of them."""
+    """The confusion matrix of classes 0 and 1, and a quotient of its entries."""
 
     def __init__(self, threshold: float = 0.5, *, from_logits: bool = False) -> None:
         check_range(type(self).__name__, "threshold", threshold, 0, 1)
         self.threshold, self.from_logits = threshold, from_logits
 
     def start(self, backend: Backend, n_models: int | None) -> Array:
-        return backend.xp.zeros((3,) if n_models is None else (n_models, 3), np.int64)
+        return backend.xp.zeros((2, 2) if n_models is None else (n_models, 2, 2), np.int64)
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:
-        p, limit = prediction, self.threshold
-        if p.ndim == total.ndim + 1 and p.shape[-1] == 2:
-            p = p[..., 1] - p[..., 0] if self.from_logits else p[..., 1]
+        backend = backend_of(total, prediction, target)
+        rows, p, limit = total.reshape(-1, 2, 2), prediction, self.threshold
+        if p.ndim == total.ndim and p.shape[-1] == 2:
+            difference = backend.empty(p.shape[:-1], p.dtype)
+            one, other = p[..., 1], p[..., 0] if self.from_logits else 0
+            p = backend.xp.subtract(one, other, out=difference)
             if target.dtype.kind == "f" and target.ndim >= 2 and target.shape[-1] == 2:
                 target = target[..., 1]
         if self.from_logits:  # sigmoid(z) > t where z > log(t / (1 - t))
             limit = math.log(limit / (1 - limit))
-        positive = _flat(p, total.size // 3) > p.dtype.type(limit)
-        truth = _like(target, positive) > 0.5
-        rows = total.reshape(-1, 3)
-        for i, hits in enumerate((positive & truth, positive & ~truth, ~positive & truth)):
-            rows[:, i] += hits.sum(axis=-1)
+        p = _flat(p, len(rows))
+        truth = _like(target, p.shape)
+        labels = backend.xp.greater(truth, 0.5, out=backend.empty(truth.shape, np.int64))
+        backend.confusion(p, labels, rows, threshold=limit)
 
 
 class Precision(_Binary):
@@ -255,7 +265,7 @@ class Precision(_Binary):
     name = "precision"
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        tp, fp, _ = np.moveaxis(total, -1, 0)
+        tp, fp, _ = _hits(total)
         return _quotient(tp, tp + fp)
 
 
@@ -265,7 +275,7 @@ class Recall(_Binary):
     name = "recall"
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        tp, _, fn = np.moveaxis(total, -1, 0)
+        tp, _, fn = _hits(total)
         return _quotient(tp, tp + fn)
 
 
@@ -275,48 +285,48 @@ class F1(_Binary):
     name = "f1"
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        tp, fp, fn = np.moveaxis(total, -1, 0)
+        tp, fp, fn = _hits(total)
         return _quotient(2 * tp, 2 * tp + fp + fn)
 
 
 class _Error(Metric):
-    """A mean over samples and outputs of a function of the difference."""
+    """A mean over samples and outputs of a function of prediction y and target t."""
+
+    term: str
 
     def start(self, backend: Backend, n_models: int | None) -> Array:
-        return backend.xp.zeros(() if n_models is None else (n_models,), np.float64)
+        return _start(backend, n_models, np.float64)
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:
-        xp = backend_of(total, prediction, target).xp
-        y = _flat(prediction, total.size)
+        backend, (rows, n_models) = backend_of(total, prediction, target), _per_model(total)
+        y = _flat(prediction, n_models)
         if not y.size:
             return
+        t = _like(target, y.shape)
+        dtype = np.result_type(y.dtype, t.dtype)
+        y, t = backend.cast(y, dtype), _spread(backend, t, y.shape, dtype)
         n_outputs = y.shape[1] // prediction.shape[total.ndim]
-        terms = self._term(xp, y - _like(target, y))
-        total += terms.sum(axis=-1, dtype=np.float64).reshape(total.shape) / n_outputs
+        terms = backend.elementwise(
+            f"{self.term} / n", backend.empty(y.shape, dtype), y=y, t=t, n=n_outputs
+        )
+        backend.add_sums(terms[..., None], rows[:, None])
 
     def result(self, total: np.ndarray, n: int) -> Any:
         return _quotient(total, n)
-
-    def _term(self, xp: Any, difference: Array) -> Array:
-        raise NotImplementedError
 
 
 class MSE(_Error):
     """Mean squared error, over samples and outputs."""
 
     name = "mse"
-
-    def _term(self, xp: Any, difference: Array) -> Array:
-        return difference * difference
+    term = "(y - t) * (y - t)"
 
 
 class MAE(_Error):
     """Mean absolute error, over samples and outputs."""
 
     name = "mae"
-
-    def _term(self, xp: Any, difference: Array) -> Array:
-        return xp.abs(difference)
+    term = "abs(y - t)"
 
 
 class R2(Metric):
@@ -338,30 +348,34 @@ class R2(Metric):
         self.n_outputs = n_outputs
 
     def start(self, backend: Backend, n_models: int | None) -> Array:  # noqa: D102
-        # for each output: samples, first target, sum d, sum d^2, sum (t - y)^2
-        shape = (5, self.n_outputs)
-        return backend.xp.zeros(shape if n_models is None else (n_models, *shape), np.float64)
+        # samples, first target, sum d, sum d^2, sum (t - y)^2; of each output
+        models = () if n_models is None else (n_models,)
+        return backend.xp.zeros((5, *models, self.n_outputs), np.float64)
 
     def update(self, total: Array, prediction: Array, target: Array) -> None:  # noqa: D102
-        xp, d = backend_of(total, prediction, target).xp, self.n_outputs
-        rows = total.reshape(-1, 5, d)
-        y = _flat(prediction, len(rows))
+        backend, d = backend_of(total, prediction, target), self.n_outputs
+        sums = total.reshape(5, -1, d)
+        y = _flat(prediction, sums.shape[1])
         n = y.shape[1] // d
         if n * d != y.shape[1]:
             raise ValueError(f"R2: expected {d} outputs, got predictions {prediction.shape}")
         if not n:
             return
-        t = _like(target, y).reshape(-1, n, d).astype(np.float64)
-        y = y.reshape(-1, n, d)
-        rows[:, 1] = xp.where(rows[:, 0] == 0, t[:, 0], rows[:, 1])
-        distance, error = t - rows[:, 1][:, None], t - y
-        rows[:, 0] += n
-        rows[:, 2] += distance.sum(axis=1)
-        rows[:, 3] += (distance * distance).sum(axis=1)
-        rows[:, 4] += (error * error).sum(axis=1)
+        shape, kind = (len(y), n, d), np.float64
+        t = _spread(backend, _like(target, y.shape).reshape(-1, n, d), shape, kind)
+        y = backend.cast(y, kind).reshape(shape)
+        count, first = sums[0], sums[1]
+        backend.elementwise("where(n == 0, t, f)", first, n=count, t=t[:, 0], f=first)
+        backend.xp.add(count, n, out=count)
+        terms = backend.empty((3, *shape), kind)
+        first = backend.xp.broadcast_to(first[:, None], shape)
+        distance = backend.elementwise("t - f", terms[0], t=t, f=first)
+        backend.elementwise("e * e", terms[1], e=distance)
+        backend.elementwise("(t - y) * (t - y)", terms[2], t=t, y=y)
+        backend.add_sums(terms, sums[2:])
 
     def result(self, total: np.ndarray, n: int) -> Any:  # noqa: D102
-        count, _, first, second, error = np.moveaxis(total, -2, 0)
+        count, _, first, second, error = total
         spread = second - first * first / np.maximum(count, 1)
         constant = spread <= 0
         found = 1 - error / np.where(constant, 1, spread)
@@ -381,34 +395,58 @@ def _flat(a: Array, n_models: int) -> Array:
     return a.reshape(n_models, a.size // n_models)
 
 
-def _like(target: Array, flat: Array) -> Array:
-    """The target of flat predictions `(K, M)`: `(K, M)`, or `(1, M)` if all models share it."""
-    if target.size == flat.size:
-        return target.reshape(flat.shape)
-    if target.size != flat.shape[1]:
+def _like(target: Array, shape: tuple[int, ...]) -> Array:
+    """The target of predictions of M rows each, `(K, M)`; `(1, M)` if all models share it."""
+    n_models, n = shape
+    if target.size == n_models * n:
+        return target.reshape(shape)
+    if target.size != n:
         raise ValueError(
-            f"metrics: expected a target of {flat.shape[1]} elements for each model, "
-            f"got shape {target.shape}"
+            f"metrics: expected a target of {n} elements for each model, got shape {target.shape}"
         )
-    return target.reshape(1, -1)
+    return target.reshape(1, n)
 
 
-def _rows(
-    xp: Any, prediction: Array, target: Array, n_models: int, *, need_labels: bool = True
-) -> tuple[Array, Array, Array]:
-    """Scores `(K, N, C)`, labels int64 `(K or 1, N)` with 0 for those out of range, and which are.
+def _start(
+    backend: Backend, n_models: int | None, dtype: Any, ignore_index: int | None = None
+) -> Array:
+    """Zeros `()` or `(K,)`; with labels to ignore `(2,)` or `(2, K)`, to count the others too."""
+    models = () if n_models is None else (n_models,)
+    return backend.xp.zeros(models if ignore_index is None else (2, *models), dtype)
+
+
+def _per_model(total: Array, ignore_index: int | None = None) -> tuple[Array, int]:
+    """What `_start` made, with an axis of K in any case; and K."""
+    rows = total.reshape(-1) if ignore_index is None else total.reshape(2, -1)
+    return rows, rows.shape[-1]
+
+
+def _spread(backend: Backend, a: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """`a` in this dtype, and a view of this shape."""
+    return backend.xp.broadcast_to(backend.cast(a, dtype), shape)
+
+
+@functools.cache
+def _classes(backend: Backend, n: int, dtype: Any) -> Array:
+    """0 to n - 1, sent once."""
+    return backend.asarray(np.arange(n), dtype)
+
+
+def _hits(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """True positives, false positives, false negatives of confusion matrices `(..., 2, 2)`."""
+    return matrix[..., 1, 1], matrix[..., 0, 1], matrix[..., 1, 0]
+
+
+def _rows(backend: Backend, prediction: Array, target: Array, n_models: int) -> tuple[Array, Array]:
+    """Scores `(K, N, C)` and labels, int64 `(K or 1, N)`.
 
     Of one-hot rows and soft targets the label is the largest entry's.
     """
-    n_classes = prediction.shape[-1]
-    scores = prediction.reshape(n_models, prediction.size // (n_models * n_classes), n_classes)
-    if not need_labels:
-        return scores, None, None
+    scores = prediction.reshape(n_models, -1, prediction.shape[-1])
     if target.ndim == prediction.ndim or (target.dtype.kind == "f" and target.ndim >= 2):
-        target = target.argmax(axis=-1)
-    labels = _like(target, scores[..., 0]).astype(np.int64)
-    valid = (labels >= 0) & (labels < n_classes)
-    return scores, xp.where(valid, labels, 0), valid
+        labels = backend.empty(target.shape[:-1], np.int64)
+        target = backend.xp.argmax(target, axis=-1, out=labels)
+    return scores, backend.cast(_like(target, scores.shape[:2]), np.int64)
 
 
 # ---- of arrays -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// What happens to a batch besides the model: its rows are gathered, its right answers are counted.
+// How a batch is gathered from the data set.
 
 struct Rows {
     u8* y;
@@ -45,43 +45,4 @@ extern "C" __global__ void gather_rows(void* y0, void* y1, void* y2, const void*
         Rows from = i < to_a ? a : i < to_b ? b : c;
         copy_word(from, order, i - (i < to_a ? 0 : i < to_b ? to_a : to_b));
     }
-}
-
-// Adds to total[k] how many of model k's n rows have their maximum at the label. The first of equal
-// maxima counts, and NaN counts as the largest, as in NumPy. One warp per row. Integer atomics only.
-template <typename T>
-__device__ void count_correct(u64* total, const T* scores, const i64* labels, i64 n_models, i64 n,
-                              i64 n_classes, i64 n_labels)
-{
-    int lane = threadIdx.x % 32;
-    i64 step = (i64)gridDim.x * WARPS;
-    for (i64 r = (i64)blockIdx.x * WARPS + threadIdx.x / 32; r < n_models * n; r += step) {
-        const T* z = scores + r * n_classes;
-        i64 best = lane < n_classes ? lane : 0;
-        T top = z[best];
-        for (i64 j = lane + 32; j < n_classes; j += 32) {
-            T v = z[j];
-            if (v > top || (v != v && top == top)) { top = v; best = j; }
-        }
-        for (int distance = 16; distance > 0; distance /= 2) {
-            T v = __shfl_xor_sync(ALL, top, distance);
-            i64 j = __shfl_xor_sync(ALL, best, distance);
-            bool equal = v == top || (v != v && top != top);
-            if (equal ? j < best : v > top || v != v) { top = v; best = j; }
-        }
-        i64 model = r / n;
-        if (lane == 0 && best == labels[n_labels == n ? r - model * n : r]) atomicAdd(total + model, 1ull);
-    }
-}
-
-extern "C" __global__ void count_correct_f32(i64* total, const float* scores, const i64* labels,
-                                             i64 n_models, i64 n, i64 n_classes, i64 n_labels)
-{
-    count_correct((u64*)total, scores, labels, n_models, n, n_classes, n_labels);
-}
-
-extern "C" __global__ void count_correct_f64(i64* total, const double* scores, const i64* labels,
-                                             i64 n_models, i64 n, i64 n_classes, i64 n_labels)
-{
-    count_correct((u64*)total, scores, labels, n_models, n, n_classes, n_labels);
 }
