@@ -781,7 +781,7 @@ class XpBackend:
             ignore_index: Rows with this label count for nothing.
         """
         xp = self.xp
-        right = scores.argmax(axis=-1) == labels if k == 1 else self._rank(scores, labels) < k
+        right = scores.argmax(axis=-1) == labels if k == 1 else self._among(k, scores, labels)
         if ignore_index is None:
             xp.add(total, right.sum(axis=-1), out=total)
             return
@@ -789,16 +789,16 @@ class XpBackend:
         for i, hits in enumerate((right & counts, counts)):
             xp.add(total[i, ...], hits.sum(axis=-1), out=total[i, ...])
 
-    def _rank(self, scores: Array, labels: Array) -> Array:
-        """How many scores of a row are larger than the label's; C for a label out of range."""
+    def _among(self, k: int, scores: Array, labels: Array) -> Array:
+        """Whether fewer than k scores of a row come before the label's."""
         xp, n_classes = self.xp, scores.shape[-1]
         valid = (labels >= 0) & (labels < n_classes)
         at = xp.broadcast_to(xp.where(valid, labels, 0), scores.shape[:-1])[..., None]
         score = xp.take_along_axis(scores, at, axis=-1)
         nan = score != score
         level = (scores == score) | (nan & (scores != scores))
-        larger = ~(nan | (scores <= score)) | (level & (xp.arange(n_classes) < at))
-        return xp.where(valid, larger.sum(axis=-1), n_classes)
+        before = ~(nan | (scores <= score)) | (level & (xp.arange(n_classes) < at))
+        return valid & (before.sum(axis=-1) < k)
 
     def confusion(
         self, scores: Array, labels: Array, total: Array, *, threshold: float | None = None

@@ -43,6 +43,7 @@ THREADS = 256  # of a block, in every kernel
 WARPS = THREADS // 32
 
 _SHARED = 47 * 1024  # bytes of shared memory that a kernel may ask for at launch
+_PARTS = 4096  # numbers that the last block of softmax_nll adds up for each model, at most
 
 # What a block keeps in registers, as normalization.cu has it: bytes of a row, bytes of a tile of a
 # batch, and the tile's columns.
@@ -1259,7 +1260,7 @@ def _softmax_kernel(n_classes: int, itemsize: int, soft: bool) -> tuple[str, int
 
 def _parts(n: int, tile: int) -> tuple[int, int]:
     """Rows that a block takes of n, a multiple of its tile; and how many blocks it takes."""
-    rows = tile * -(-n // (tile * 4096))  # so that the last block sums up 4,096 numbers at most
+    rows = tile * -(-n // (tile * _PARTS))
     return rows, -(-n // rows)
 
 

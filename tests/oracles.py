@@ -351,8 +351,8 @@ def cross_entropy(
         for j in range(n_classes):
             if q[j] and share:
                 loss += share * q[j] * (log_total - (row[j] - top))
-        p = _probabilities(row)
-        slopes = [math.fsum(q) * p[j] - q[j] for j in range(n_classes)]
+        p, mass = _probabilities(row), math.fsum(q)
+        slopes = [mass * p[j] - q[j] for j in range(n_classes)]
         gradient.append([grad_scale * share * a if share else 0.0 for a in slopes])
     return loss, np.array(gradient, np.float64).reshape(np.shape(logits))
 

@@ -26,6 +26,7 @@ from nnx import (
     metrics,
 )
 from nnx.backends import Backend
+from nnx.backends.arena import Arena
 
 
 @pytest.mark.parametrize("kind", ["int64", "int32", "uint8"])
@@ -234,24 +235,68 @@ def test_metrics_of_models(
     assert found.shape[0] == 3
 
 
+def one_hot(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
+    return rng.standard_normal((n, 5)), np.eye(5, dtype=np.float32)[rng.integers(0, 5, n)]
+
+
+def classes(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
+    return rng.integers(0, 5, n), rng.integers(0, 5, n).astype(np.int32)
+
+
+def shares(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
+    return rng.dirichlet(np.ones(5), n), rng.integers(0, 5, n).astype(np.int32)
+
+
+def two_logits(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
+    return rng.standard_normal((n, 2)), rng.integers(0, 2, n)
+
+
+# launches of an update: those of CASES, and what else may come
+LAUNCHES: dict[str, tuple[Callable[[], Metric], Any, int]] = {
+    "accuracy": (*CASES["accuracy"][:2], 1),
+    "accuracy, labels ignored": (lambda: Accuracy(3), logits, 1),
+    "accuracy, one-hot rows": (Accuracy, one_hot, 2),
+    "top 3": (*CASES["top 3"][:2], 1),
+    "top 3, labels ignored": (lambda: TopKAccuracy(3, 1), logits, 1),
+    "log loss": (*CASES["log loss"][:2], 2),
+    "log loss, labels ignored": (lambda: LogLoss(ignore_index=1), logits, 5),
+    "log loss, one-hot rows": (LogLoss, one_hot, 2),
+    "log loss of probabilities": (lambda: LogLoss(False), shares, 4),
+    "binary log loss": (*CASES["binary log loss"][:2], 3),
+    "confusion matrix": (*CASES["confusion matrix"][:2], 1),
+    "confusion matrix, classes": (lambda: ConfusionMatrix(5), classes, 2),
+    "precision": (*CASES["precision"][:2], 2),
+    "precision of two logits": (lambda: Precision(from_logits=True), two_logits, 3),
+    "recall": (*CASES["recall"][:2], 2),
+    "f1": (*CASES["f1"][:2], 2),
+    "mse": (*CASES["mse"][:2], 2),
+    "mae": (*CASES["mae"][:2], 2),
+    "r2": (*CASES["r2"][:2], 8),
+}
+
+
 @pytest.mark.gpu
-@each
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("models", [None, 3])
-def test_no_update_waits_for_the_device(
+def test_no_update_waits_or_asks_for_memory(
     name: str, models: int | None, rng: np.random.Generator
 ) -> None:
-    from test_gpu_step import counted
+    from test_gpu_step import counted, quiet
 
     backend = nnx.get_backend("cupy")
-    make, draw, _ = CASES[name]
+    make, draw, launches = LAUNCHES[name]
     y, t = draw(rng, 37)
-    y = (y if models is None else np.stack([y] * models)).astype(np.float32)
+    y, t = (a.astype(np.float32) if a.dtype == np.float64 else a for a in (y, t))
+    y = y if models is None else np.stack([y] * models)
     metric, y, t = make(), backend.asarray(y), backend.asarray(t)
-    total = metric.start(backend, models)
-    metric.update(total, y, t)
-    with counted() as counts:
-        metric.update(total, y, t)
-    assert counts.waits == 0
+    total, arena = metric.start(backend, models), Arena(backend.xp)
+    for _ in range(3):
+        with counted() as counts, arena.step(None):
+            metric.update(total, y, t)
+    quiet(counts)
+    if counts.launches:  # the simulated device counts them
+        assert counts.total == launches
 
 
 # ---- by hand -----------------------------------------------------------------------------------
@@ -454,6 +499,50 @@ def test_the_trainer_gathers_them_all(backend: Backend, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+IGNORING: dict[str, tuple[Callable[[int], Metric], Any, Any]] = {
+    "accuracy": (Accuracy, logits, oracle_top_k(1)),
+    "top 2": (lambda i: TopKAccuracy(2, i), logits, oracle_top_k(2)),
+    "log loss": (lambda i: LogLoss(ignore_index=i), logits, oracle_log_loss),
+    "binary log loss": (lambda i: LogLoss(ignore_index=i), one_logit, oracle_binary_log_loss),
+    "log loss of probabilities": (
+        lambda i: LogLoss(False, i),
+        shares,
+        lambda y, t: math.fsum(-math.log(p[j]) for p, j in zip(y, t, strict=True)) / max(len(y), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IGNORING)
+@pytest.mark.parametrize("models", [None, 3])
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_metrics_leave_out_ignored_labels(
+    name: str,
+    models: int | None,
+    ignored: int,
+    backend: Backend,
+    dtype: Any,
+    rng: np.random.Generator,
+) -> None:
+    make, draw, oracle = IGNORING[name]
+    y, t = draw(rng, 23)
+    y = (y if models is None else np.stack([y + 0.1 * k for k in range(models)])).astype(dtype)
+    t[::3] = ignored
+    rtol = 1e-6 if dtype == np.float32 else 1e-12
+    for cuts in ([], [3, 11]):
+        found = gather(make(ignored), backend, y, t, cuts, models)
+        kept = t != ignored
+        expected = [oracle(one[kept], t[kept]) for one in y.reshape(-1, *y.shape[-2:])]
+        np.testing.assert_allclose(np.reshape(found, -1), expected, rtol=rtol)
+    t[:] = ignored
+    np.testing.assert_array_equal(gather(make(ignored), backend, y, t, [], models), 0)
+
+
+def test_log_loss_ignores_labels_only(backend: Backend, dtype: Any) -> None:
+    rows = np.eye(3, dtype=dtype)
+    with pytest.raises(TypeError, match="LogLoss: expected integer labels with ignore_index"):
+        gather(LogLoss(ignore_index=1), backend, rows, rows, [])
 
 
 @pytest.mark.parametrize("n_models", [None, 3])

@@ -18,6 +18,14 @@ template <typename T> __device__ inline Best<T> shuffle(Best<T> best, int distan
     return {shuffle(best.score, distance), shuffle(best.j, distance)};
 }
 
+// Where a thread begins with a row z: in global memory so that a warp reads from a boundary on, which
+// may be before the row.
+template <typename T> __device__ inline i64 begin(Lanes team, const T* z) { return team.rank(); }
+template <typename T> __device__ inline i64 begin(WholeBlock team, const T* z)
+{
+    return team.rank() - (i64)((u64)z / sizeof(T) % 32);
+}
+
 // Calls f(team, k, i, z, there) in all threads of a block for rows i of model k, whose `width` scores
 // are z; a thread for which `there` is false has another's row. A row has `lanes` threads: up to 32,
 // and a block takes a tile of rows by way of shared memory; or a block.
@@ -56,8 +64,8 @@ __device__ void count_correct(i64* total, const T* scores, const i64* labels, i6
                  bool valid = label >= 0 && label < n_classes;
                  T score = z[valid ? label : 0];
                  i64 rank = 0;
-                 for (i64 j = team.rank(); j < n_classes; j += team.size)
-                     rank += before(z[j], j, score, label);
+                 for (i64 j = begin(team, z); j < n_classes; j += team.size)
+                     if (j >= 0) rank += before(z[j], j, score, label);
                  rank = team.reduce(rank, Plus());
                  bool counts = there && team.rank() == 0 && !(ignores && label == ignore);
                  int right = __syncthreads_count(counts && valid && rank < top);
@@ -83,10 +91,9 @@ __device__ void confusion(i64* total, const T* scores, const i64* predicted, con
                  } else if (by_threshold) {
                      p = z[0] > T(threshold);
                  } else {
-                     i64 j = team.rank() < width ? team.rank() : 0;
-                     Best<T> best = {z[j], j};
-                     for (j += team.size; j < width; j += team.size)
-                         if (before(z[j], j, best.score, best.j)) best = {z[j], j};
+                     Best<T> best = {z[0], 0};
+                     for (i64 j = begin(team, z); j < width; j += team.size)
+                         if (j > 0 && before(z[j], j, best.score, best.j)) best = {z[j], j};
                      p = team.reduce(best, [](Best<T> a, Best<T> b) {
                                  return before(b.score, b.j, a.score, a.j) ? b : a;
                              }).j;
