@@ -834,7 +834,11 @@ class XpBackend:
             terms: `(..., N, n)`.
             total: Written.
         """
-        self.xp.add(total, terms.sum(axis=-2, dtype=np.float64), out=total)
+        if terms.shape[-1] == 1:  # NumPy adds faster along the last axis
+            sums = terms[..., 0].sum(axis=-1, keepdims=True, dtype=np.float64)
+        else:
+            sums = terms.sum(axis=-2, dtype=np.float64)
+        self.xp.add(total, sums, out=total)
 
     # ---- dropout -------------------------------------------------------------------------------
 

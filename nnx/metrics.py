@@ -423,7 +423,8 @@ def _per_model(total: Array, ignore_index: int | None = None) -> tuple[Array, in
 
 def _spread(backend: Backend, a: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """`a` in this dtype, and a view of this shape."""
-    return backend.xp.broadcast_to(backend.cast(a, dtype), shape)
+    a = backend.cast(a, dtype)
+    return a if a.shape == shape else backend.xp.broadcast_to(a, shape)
 
 
 @functools.cache
