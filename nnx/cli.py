@@ -1,4 +1,4 @@
-"""The command `nnx`: train, evaluate, predict, info.
+"""The command `nnx`: train, evaluate, predict, check, info.
 
 Whatever a command reads or checks runs inside `_input_errors`, which turns the library's errors
 into one line and exit status 2. Nothing else is caught: a mistake of ours ends in a traceback.
@@ -63,7 +63,7 @@ class CliError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process; returns the exit status.
 
-    0: done. 1: training failed. 2: bad usage or bad input. 130: interrupted.
+    0: done. 1: training or a check failed. 2: bad usage or bad input. 130: interrupted.
     """
     try:
         args = _parser().parse_args(argv)
@@ -368,16 +368,18 @@ class Run:
         t, classes = encode_labels(labels, self.classes, who=data.name)
         return Dataset(self.features(data.x, data.name), t, classes, data.name)
 
+    def new_optimizer(self) -> nnx.Optimizer:
+        """An optimizer, as the settings say."""
+        s = self.settings
+        assert s.lr is not None  # completed
+        if s.optimizer == "adam":
+            return nnx.Adam(s.lr, weight_decay=s.weight_decay)
+        return nnx.SGD(s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay)
+
     def new_trainer(self, backend: Backend) -> nnx.Trainer:
         """A trainer with a new model, as the settings say."""
-        s = self.settings
+        s, optimizer = self.settings, self.new_optimizer()
         widths = [self.n_features, *s.hidden, len(self.classes)]
-        assert s.lr is not None  # completed
-        optimizer: nnx.Optimizer = nnx.Adam(s.lr, weight_decay=s.weight_decay)
-        if s.optimizer == "sgd":
-            optimizer = nnx.SGD(
-                s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay
-            )
         try:
             if 8 * sum((n + 1) * m for n, m in itertools.pairwise(widths)) > sys.maxsize:
                 raise MemoryError("more than can be addressed")
@@ -678,6 +680,111 @@ def _csv(classes: Sequence[int | str], logits: np.ndarray) -> str:
     return file.getvalue()
 
 
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> None:
+    with _input_errors():
+        _check_usage(args)
+        backend = _backend(args, args.backend)
+        subject = None if args.subject is None else _subject(args, backend)
+    options = {
+        "backend": backend,
+        "dtype": args.dtype,
+        "steps": args.steps,
+        "seed": args.seed,
+        "progress": sys.stderr.isatty(),
+    }
+    report = (
+        nnx.check.library(**options) if subject is None else nnx.check.model(**subject | options)
+    )
+    if args.json != "-":
+        print(report)
+    if args.json is not None:
+        text = report.to_json(blas=_blas(), cpus=_usable_cpus(), **_asked(args))
+        _write_json(args.json, text)
+    failed = sum(not row.passed for row in report.rows)
+    if failed:
+        raise CliError(f"{failed} of {len(report.rows)} checks failed", 1)
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    most = nnx.check.MOST_STEPS if args.subject is None else sys.maxsize
+    if not 1 <= args.steps <= most:
+        raise ValueError(f"--steps: expected 1 to {most}, got {args.steps}")
+    if args.seed < 0:
+        raise ValueError(f"--seed: expected at least 0, got {args.seed}")
+    if args.subject is None and (args.data or args.labels or args.target):
+        raise ValueError("--data, --labels and --target: expected a RUN or MODEL with them")
+    if args.data is None and (args.labels or args.target):
+        raise ValueError("--labels and --target: expected --data with them")
+    if args.json not in (None, "-"):
+        path = Path(args.json)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(
+                f"--json: expected a file to write, got {path}; give RUN or MODEL before --json"
+            )
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line said that the report doesn't."""
+    return {name: getattr(args, name) for name in ("subject", "data", "dtype", "steps", "seed")}
+
+
+def _write_json(path: str, text: str) -> None:
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise CliError(f"--json: can't write {path} ({error.strerror})") from error
+
+
+def _subject(args: argparse.Namespace, backend: Backend) -> dict[str, Any]:
+    """The model of a run or of a file, and what it is to be trained with."""
+    path = Path(args.subject)
+    if path.is_file():
+        return _model_in_file(args, path)
+    run = Run.read(path)
+    trainer = run.load_trainer(path, backend)
+    data = run.prepared(
+        _load_data(run.settings)[0] if args.data is None else _other_data(run, args)
+    )
+    return {
+        "model": trainer.model,
+        "loss": trainer.loss,
+        "optimizer": run.new_optimizer(),
+        "x": data.x,
+        "t": data.t,
+        "batch_size": run.settings.batch_size,
+    }
+
+
+def _model_in_file(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The model in a file, with Adam, on the data given or on random numbers."""
+    model = nnx.load(path)
+    x, t = None, None
+    if args.data is not None:
+        data = nnx.data.load(args.data, labels=args.labels, target=args.target)[0]
+        x, t = Standardizer.fit(data.x).transform(data.x), data.t
+    else:
+        sizes = (getattr(a, "n_in", getattr(a, "n_features", None)) for a in model.layers())
+        n = next((size for size in sizes if size is not None), None)
+        if n is None:
+            raise ValueError(
+                f"{path}: expected a model that tells its number of inputs; give --data"
+            )
+        x = np.random.default_rng(args.seed).standard_normal((256, n))
+    dtype = next(p.value.dtype for _, p in model.parameters())
+    n_outputs = model(x[:2].astype(dtype)).shape[-1]
+    if t is None:
+        t = np.random.default_rng(args.seed).integers(0, n_outputs, len(x))
+    loss = nnx.SoftmaxNLL(n_models=model.n_models)
+    loss.check_target(t, len(x), n_outputs, dtype, args.data or str(path))
+    return {"model": model, "loss": loss, "optimizer": nnx.Adam(), "x": x, "t": t}
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 _PACKAGES = ("numpy", "safetensors", "tqdm", "cupy", "matplotlib", "pyarrow", "pooch")
@@ -843,6 +950,7 @@ _EXAMPLES = {
   nnx train                                     train on the bundled digits
   nnx evaluate runs/digits-0001                 measure the model on its test set
   nnx predict runs/iris-0001 --data new.csv     classify new samples
+  nnx check --backend cupy                      is this GPU right?
   nnx info                                      versions, devices, threads""",
     "train": """
   nnx train
@@ -862,6 +970,12 @@ run.toml holds what the flags can say; flags win over it. Paths are relative to 
     "predict": """
   nnx predict runs/iris-0001 --data new.csv
   nnx predict runs/mnist-0001 --data t10k-images-idx3-ubyte.gz --out predictions.csv""",
+    "check": """
+  nnx check                                   NumPy, in a second
+  nnx check --backend cupy                    this GPU against NumPy
+  nnx check runs/digits-0001 --backend cupy   the model of a run, on its own data
+  nnx check model.safetensors --data iris.csv --steps 200
+  nnx check --backend cupy:1 --json report.json""",
     "info": """
   nnx info
   nnx info --json""",
@@ -909,6 +1023,45 @@ def _parser() -> argparse.ArgumentParser:
         help="table, .npz (array x), .npy or IDX file; a table may have one column more, the label",
     )
     predict.add_argument("--out", metavar="FILE", help="where to write (default: standard output)")
+
+    check = add(_check, "prove gradients, and compare a backend with NumPy number by number")
+    check.add_argument(
+        "subject",
+        metavar="RUN|MODEL",
+        nargs="?",
+        help="folder that nnx train has written, or a model file (default: all that is in nnx)",
+    )
+    check.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="what to check: numpy, cupy, cupy:N or auto (default: NNX_BACKEND, else numpy)",
+    )
+    check.add_argument(
+        "--dtype",
+        choices=("float32", "float64"),
+        help="to compare in (default: both, or the model's); gradients are checked in float64",
+    )
+    check.add_argument(
+        "--steps", metavar="N", type=int, default=50, help="of training to compare (default: 50)"
+    )
+    check.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)"
+    )
+    check.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        help="what to train RUN or MODEL on, as in nnx train (default: the run's training data; "
+        "random numbers for a MODEL)",
+    )
+    check.add_argument("--labels", metavar="PATH", help="file of labels, as in nnx train")
+    check.add_argument("--target", metavar="NAME", help="label column (default: the run's)")
+    check.add_argument(
+        "--json",
+        metavar="PATH",
+        nargs="?",
+        const="-",
+        help="write JSON, too; to the standard output instead of the table without PATH or for -",
+    )
 
     info = add(_info, "show versions, backends, devices and threads")
     info.add_argument("--json", action="store_true", help="write JSON")

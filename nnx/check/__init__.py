@@ -1,0 +1,48 @@
+"""Checks that need no test suite: gradients, and one backend against another.
+
+`check_gradients` proves that a backward pass is the derivative of its forward pass. `library`
+checks everything in nnx that way and compares two backends, `model` does so with a model of yours;
+both return a `Report`. They are what the command `nnx check` runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nnx.check.gradients import WrongGradient, check_gradients
+
+if TYPE_CHECKING:
+    from nnx.check.catalogue import ENVELOPE, MOST_STEPS, library
+    from nnx.check.report import Divergence, Report, Row
+    from nnx.check.training import model
+
+__all__ = [
+    "ENVELOPE",
+    "MOST_STEPS",
+    "Divergence",
+    "Report",
+    "Row",
+    "WrongGradient",
+    "check_gradients",
+    "library",
+    "model",
+]
+
+_LATER = {
+    "ENVELOPE": "catalogue",
+    "MOST_STEPS": "catalogue",
+    "library": "catalogue",
+    "Divergence": "report",
+    "Report": "report",
+    "Row": "report",
+    "model": "training",
+}
+"""Module of each name that is imported when it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'nnx.check' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"nnx.check.{_LATER[name]}"), name)
