@@ -24,7 +24,9 @@ def derive(name: str, dtype: str, seeds: int = SEEDS) -> np.ndarray:
     here, batches = catalogue.reference(name, dtype)
     others = [catalogue.reference(name, dtype, seed=seed)[0] for seed in range(seeds)]
     errors = growth(here, others, batches).max(axis=0)
-    return np.maximum.accumulate(errors, axis=0)
+    both = np.stack([errors[:, 0], errors[:, 1:].max(axis=1)], axis=1)
+    curves: np.ndarray = np.maximum.accumulate(both, axis=0)
+    return curves
 
 
 def table(curves: dict[tuple[str, str], np.ndarray]) -> str:
@@ -55,18 +57,18 @@ def draw(curves: dict[tuple[str, str], np.ndarray], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    mpl.rcParams["svg.hashsalt"] = "nnx"
+    mpl.rcParams |= {"svg.hashsalt": "nnx", "svg.fonttype": "none"}
+    few = np.unique(np.geomspace(1, catalogue.MOST_STEPS, 40).astype(int)) - 1
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, layout="constrained")
     for ax, dtype in zip(axes, catalogue.DTYPES, strict=True):
         for k, name in enumerate(sorted({name for name, _ in curves}, reverse=True)):
             for i, (what, style) in enumerate((("loss", "-"), ("weights", "--"))):
-                curve = curves[name, dtype][:, i]
-                steps = np.arange(1, len(curve) + 1)
+                curve, steps = curves[name, dtype][few, i], few + 1
                 seen = curve > 0
                 ax.loglog(
                     steps[seen], curve[seen], style, color=f"C{k}", lw=1, label=f"{what}, {name}"
                 )
-                bound = catalogue.envelope(name, dtype, len(curve))[:, i]
+                bound = catalogue.envelope(name, dtype, steps[-1])[few, i]
                 ax.loglog(steps, bound, style, color=f"C{k}", lw=2, alpha=0.35)
         ax.set(title=dtype, xlabel="step")
         ax.grid(alpha=0.3)

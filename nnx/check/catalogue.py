@@ -224,12 +224,12 @@ def _checks(
     def training(dtype: str) -> _Check:
         def check(report: Report, name: str, compared: str) -> None:
             sides = [reference(name, dtype, side) for side in (other(actual), actual)]
-            (errors,) = growth(sides[0][0], [sides[1][0]], sides[0][1][:steps])
-            start, limits = len(report.rows), envelope(name, dtype, steps)
-            add_growth(report, compared, errors, limits)
-            report.rows[start:] = [
-                r._replace(name=f"{name}: {r.name}") for r in report.rows[start:]
-            ]
+            (here, batches), (there, _) = sides
+            (errors,) = growth(here, [there], batches[:steps])
+            bounds = envelope(name, dtype, steps)
+            limits = np.hstack([bounds[:, :1], *[bounds[:, 1:]] * (errors.shape[1] - 1)])
+            names = ["loss", *(n for n, _ in here.trainer.model.parameters())]
+            add_growth(report, compared, names, errors, limits, f"{name}: ")
 
         return check
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from nnx import backends
-from nnx.backends import Array, Backend, NumpyBackend, XpBackend
+from nnx.backends import Array, Backend, XpBackend
 from nnx.backends.philox import SHUFFLE, generator
 from nnx.layers import Layer, Sequential
 from nnx.losses import Loss
@@ -82,8 +82,8 @@ def differing(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> f
 # ---- another NumPy -------------------------------------------------------------------------------
 
 
-class Rounding(NumpyBackend):
-    """A NumPy that rounds otherwise: as correct as `NumpyBackend`, and never the same bits.
+class Rounding(XpBackend):
+    """A NumPy that rounds otherwise: as correct as the real one, and never the same bits.
 
     Sums, of products and of bias gradients, are taken in a random order and in two parts. With
     `last_bits` each number that goes from layer to layer changes in its last bit, too: other
@@ -92,8 +92,7 @@ class Rounding(NumpyBackend):
     """
 
     def __init__(self, seed: int, *, last_bits: bool = True) -> None:
-        super().__init__()
-        self.name = "numpy, rounding otherwise"
+        super().__init__(np, "numpy, rounding otherwise")
         self.rng = np.random.default_rng(seed)
         self.last_bits = last_bits
 
@@ -283,7 +282,7 @@ def units_of(model: Layer) -> list[tuple[str, Any, list[Parameter]]]:
         if type(layer).forward is not Sequential.forward:  # whose output is its last unit's
             own = [value for value in vars(layer).values() if isinstance(value, Parameter)]
             units.append((path, layer, own))
-        for unit in getattr(layer, "units_of", ()):
+        for unit in getattr(layer, "_units", ()):
             if not isinstance(unit, Layer):
                 label = " and ".join(paths[part] for part in parts_of(unit))
                 units.append((label, unit, [p for _, p in unit.parameters()]))
@@ -400,18 +399,15 @@ def batches_of(
 
 
 def growth(
-    here: Any, others: Sequence[Any], batches: Sequence[tuple[np.ndarray, np.ndarray]]
+    here: Side, others: Sequence[Side], batches: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
-    """How far runs are apart after each step: `(len(others), steps, 2)`, of loss and weights.
+    """How far runs are apart after each step: `(len(others), steps, 1 + number of weights)`.
 
-    The loss is compared relative to itself, each array of weights relative to its largest element;
-    of the arrays the worst counts.
+    First the loss, relative to itself, then each array of weights, relative to its largest element.
     """
-    errors = np.zeros((len(others), len(batches), 2))
-    for i, batch in enumerate(batches):
-        loss, *weights = here.go(*batch)
-        for k, other in enumerate(others):
-            other_loss, *other_weights = other.go(*batch)
-            gaps = [gap_of(*pair).error for pair in zip(weights, other_weights, strict=True)]
-            errors[k, i] = gap_of(loss, other_loss).error, max(gaps)
-    return errors
+    errors = []
+    for batch in batches:
+        arrays = here.go(*batch)
+        pairs = (zip(arrays, other.go(*batch), strict=True) for other in others)
+        errors.append([[gap_of(*pair).error for pair in each] for each in pairs])
+    return np.array(errors).swapaxes(0, 1)

@@ -60,6 +60,7 @@ def _step_by_step(
     floor = FLOOR * float(np.finfo(dtype).eps)
     bounds: dict[_Key, float] = {}
     worst: dict[str, tuple[float, Row]] = {}
+    undecided: dict[str, None] = {}  # in order
     for number, batch in enumerate(batches):
         before = there.state()
         here.restore(before)
@@ -93,6 +94,9 @@ def _step_by_step(
         for key, gap in zip(keys, gaps, strict=True):
             group, layer, array = key
             ratio = gap.error / limits[key] if math.isfinite(gap.error) else math.inf
+            if limits[key] >= 1 and gap.error <= limits[key]:
+                undecided.setdefault(f"{array} of {layer}")
+                continue
             if group not in worst or not ratio <= worst[group][0]:
                 detail = f"step {number}, {layer}, {array}"
                 passed = gap.error <= limits[key]
@@ -107,6 +111,10 @@ def _step_by_step(
         if bar is not None:
             bar.update()
     report.rows += [row for _, row in worst.values()]
+    report.warnings += [
+        f"{array} is all rounding error, as of a bias before BatchNorm; not compared"
+        for array in undecided
+    ]
     return report.first_divergence is None
 
 
@@ -129,29 +137,50 @@ def _apart(
     dtype: Any,
 ) -> None:
     """Train on both from one state and never look back: do they grow apart as rounding does?"""
-    expected = other(actual)
-    (errors,) = growth(make(expected), [make(actual)], batches)
-    limits = np.zeros_like(errors)
+    here = make(other(actual))
+    (errors,) = growth(here, [make(actual)], batches)
+    limits = np.full_like(errors, FLOOR * float(np.finfo(dtype).eps))
     for first, last in ((0, 8), (8, 40)):  # more only if a kink may have been met
         if (errors <= limits).all():
             break
         noisy = [make(Rounding(seed)) for seed in range(first, last)]
-        found = growth(make(expected), noisy, batches).max(axis=0)
+        found = growth(make(other(actual)), noisy, batches).max(axis=0)
         limits = np.maximum(limits, MARGIN * np.maximum.accumulate(found, axis=0))
-    floor = FLOOR * float(np.finfo(dtype).eps)
-    add_growth(report, pairing(actual, dtype), errors, np.maximum(limits, floor))
+    names = ["loss", *(name for name, _ in here.trainer.model.parameters())]
+    add_growth(report, pairing(actual, dtype), names, errors, limits)
 
 
-def add_growth(report: Report, compared: str, errors: np.ndarray, limits: np.ndarray) -> None:
-    """A row for the loss and one for the weights, each for its worst step."""
-    for i, what in enumerate(("loss", "weights")):
-        step = int(np.argmax(errors[:, i] / limits[:, i]))
+def add_growth(
+    report: Report,
+    compared: str,
+    names: Sequence[str],
+    errors: np.ndarray,
+    limits: np.ndarray,
+    prefix: str = "",
+) -> None:
+    """A row for the loss and one for the weights, each for its worst array and step.
+
+    Args:
+        report: Gets the rows.
+        compared: What with what.
+        names: Of the arrays, the loss first.
+        errors: `(steps, len(names))`.
+        limits: The same for their bounds.
+        prefix: Of the rows' names.
+    """
+    with np.errstate(invalid="ignore"):
+        ratio = np.where(errors <= limits, errors / limits, np.inf)
+    ratio[(errors <= limits) & (limits >= 1)] = 0  # rounding alone decides these
+    for what, columns in (("loss", slice(0, 1)), ("weights", slice(1, None))):
+        part = ratio[:, columns]
+        step, i = (int(k) for k in np.unravel_index(int(part.argmax()), part.shape))
+        i += columns.start
         report.add(
-            f"{what} after {len(errors)} steps apart",
+            f"{prefix}{what} after {len(errors)} steps apart",
             compared,
             errors[step, i],
             limits[step, i],
-            detail=f"worst in step {step}",
+            detail=f"step {step}, {names[i]}",
         )
 
 
