@@ -44,8 +44,8 @@ def net(*, dtype: Any = np.float32) -> nnx.Sequential:
 
 
 def checked(data: Data, backend: Backend, model: nnx.Layer | None = None, **options: Any) -> Any:
-    options = {"steps": 6, "batch_size": 16, "optimizer": nnx.Adam(0.01)} | options
-    optimizer = options.pop("optimizer")
+    options = {"steps": 6, "batch_size": 16} | options
+    optimizer = options.pop("optimizer", nnx.Adam(0.01))
     model = net() if model is None else model
     return check.model(model, nnx.SoftmaxNLL(), optimizer, *data, backend=backend, **options)
 

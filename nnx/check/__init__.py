@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from nnx.check.catalogue import ENVELOPE, MOST_STEPS, library
     from nnx.check.report import Divergence, Report, Row
     from nnx.check.training import model
+else:  # imported when first used: `import nnx` needs none of it
+
+    def __getattr__(name: str) -> Any:
+        module = _MODULES.get(name)
+        if module is None:
+            raise AttributeError(f"module 'nnx.check' has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(f"nnx.check.{module}"), name)
+
+
+_MODULES = {
+    **dict.fromkeys(("ENVELOPE", "MOST_STEPS", "library"), "catalogue"),
+    **dict.fromkeys(("Divergence", "Report", "Row"), "report"),
+    "model": "training",
+}
 
 __all__ = [
     "ENVELOPE",
@@ -27,22 +43,3 @@ __all__ = [
     "library",
     "model",
 ]
-
-_LATER = {
-    "ENVELOPE": "catalogue",
-    "MOST_STEPS": "catalogue",
-    "library": "catalogue",
-    "Divergence": "report",
-    "Report": "report",
-    "Row": "report",
-    "model": "training",
-}
-"""Module of each name that is imported when it is first used."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'nnx.check' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"nnx.check.{_LATER[name]}"), name)

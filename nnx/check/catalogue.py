@@ -23,7 +23,7 @@ from nnx.check.sides import (
     other,
     pairing,
 )
-from nnx.check.training import add_growth, gradient_row
+from nnx.check.training import DIFFERENCES, add_growth, gradient_row
 from nnx.data import load_digits
 from nnx.layers import Layer, Sequential, Step
 from nnx.losses import (
@@ -177,7 +177,7 @@ def library(
     dtypes = DTYPES if dtype is None else (np.dtype(dtype).name,)
     report = Report(f"nnx's layers, losses and optimizers on {actual.name}", actual)
     checks = list(_checks(actual, dtypes, steps, seed))
-    with collected(report), progress_bar(len(checks), progress) as bar:
+    with collected(report), progress_bar(len(checks), "check", progress) as bar:
         for name, compared, check in checks:
             try:
                 check(report, name, compared)
@@ -234,7 +234,7 @@ def _checks(
         return check
 
     for name in (*LAYERS, *LOSSES):
-        yield name, "central differences, float64", gradients(name)
+        yield name, DIFFERENCES, gradients(name)
     for dtype in dtypes:
         compared = pairing(actual, dtype)
         bound = _OPERATION * float(np.finfo(dtype).eps)

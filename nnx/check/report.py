@@ -194,10 +194,10 @@ def collected(report: Report) -> Iterator[None]:
     report.warnings += dict.fromkeys(" ".join(str(w.message).split()) for w in caught)
 
 
-def progress_bar(total: int, show: bool) -> Any:
+def progress_bar(total: int, unit: str, show: bool) -> Any:
     """A bar on the standard error, if asked for; its `update` counts."""
     if not show:
         return contextlib.nullcontext()
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, unit="check", dynamic_ncols=True, leave=False)
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, leave=False)

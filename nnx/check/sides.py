@@ -141,7 +141,7 @@ def active(backend: Backend) -> Iterator[None]:
 
 def other(backend: Backend) -> Backend:
     """What to compare a backend with: NumPy; for NumPy itself the definitions in plain xp."""
-    return XpBackend(np) if backend.xp is np else backends.get_backend("numpy")
+    return XpBackend(np, "plain xp") if backend.xp is np else backends.get_backend("numpy")
 
 
 def pairing(actual: Backend, dtype: Any) -> str:

@@ -176,12 +176,16 @@ def add_growth(
         step, i = (int(k) for k in np.unravel_index(int(part.argmax()), part.shape))
         i += columns.start
         report.add(
-            f"{prefix}{what} after {len(errors)} steps apart",
+            f"{prefix}{what} over {len(errors)} steps",
             compared,
             errors[step, i],
             limits[step, i],
             detail=f"step {step}, {names[i]}",
         )
+
+
+DIFFERENCES = "central differences, float64"
+"""What gradients are compared with, for a row."""
 
 
 def model(
@@ -252,7 +256,7 @@ def model(
     def make(side: Backend) -> Side:
         return Side(side, model, loss, optimizer, seed=seed, dtype=dtype, start=start)
 
-    with collected(report), progress_bar(steps, progress) as bar:
+    with collected(report), progress_bar(steps, "step", progress) as bar:
         for row in _gradients_of(model, x[: min(batch_size, 8)], actual, seed):
             report.rows.append(row)
         before = [make(side).state()[0] for side in (other(actual), actual)]
@@ -321,7 +325,7 @@ def gradient_row(
     name: str, backend: Backend, function: Layer | Loss, *arrays: Any, seed: int, **options: Any
 ) -> Row:
     """`check_gradients` as a row. What is wrong in one direction only is a kink on the way."""
-    compared, rtol = "central differences, float64", 1e-7
+    compared, rtol = DIFFERENCES, 1e-7
     failed: WrongGradient | None = None
     for attempt in range(3):
         rng = np.random.default_rng((seed, attempt))
