@@ -371,6 +371,7 @@ def test_the_library_passes_on_cupy() -> None:
     assert report.passed, str(report)
     assert report.environment["device"]
     assert not report.warnings
+    assert "steps from a graph" in [row.name for row in report.rows]
 
 
 @pytest.mark.parametrize("name", ["GELU", "SoftmaxNLL, all of them", "SGD, momentum"])

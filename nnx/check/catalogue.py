@@ -233,6 +233,14 @@ def _checks(
 
         return check
 
+    def replayed(dtype: str) -> _Check:
+        def check(report: Report, name: str, compared: str) -> None:
+            with active(actual):
+                runs = [_trained(actual, np.dtype(dtype), seed, graph) for graph in (False, True)]
+            _compare_arrays(report, name, compared, runs[0], runs[1], 0)
+
+        return check
+
     for name in (*LAYERS, *LOSSES):
         yield name, DIFFERENCES, gradients(name)
     for dtype in dtypes:
@@ -248,6 +256,8 @@ def _checks(
             yield name, compared, same(body, dtype, 0)
         for name in ENVELOPE:
             yield name, compared, training(dtype)
+        if actual.graphs:
+            yield "steps from a graph", f"graph to eager, {dtype}", replayed(dtype)
 
 
 def _compare_arrays(
@@ -386,6 +396,18 @@ def _order_of_samples(backend: Backend, name: str, dtype: Any, seed: int) -> _Ar
     x = np.arange(50.0).reshape(50, 1)
     trainer.fit(x, x, epochs=2, batch_size=16)  # the last batch is short
     return {f"batch {i}": rows for i, rows in enumerate(seen.rows)}
+
+
+def _trained(backend: Backend, dtype: Any, seed: int, graph: bool) -> _Arrays:
+    """Losses and weights of two epochs with dropout, a schedule and a short last batch."""
+    rng = np.random.default_rng(seed)
+    x, t = rng.standard_normal((50, 12)), rng.integers(0, 5, 50)
+    net = mlp([12, 33, 5], dropout=0.3, seed=seed, dtype=dtype)
+    optimizer = Adam(lambda step: 0.01 / (1 + step))
+    trainer = Trainer(net, SoftmaxNLL(), optimizer, seed=seed, backend=backend, graph=graph)
+    losses = trainer.fit(x, t, epochs=2, batch_size=16)["loss"]
+    state = {name: backend.to_numpy(a).copy() for name, a in net.state().items()}
+    return {"loss": np.array(losses)} | state
 
 
 _EXACT: dict[str, Callable[..., _Arrays]] = {

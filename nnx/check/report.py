@@ -177,7 +177,7 @@ def _environment(backend: Backend) -> dict[str, Any]:
             properties = runtime.getDeviceProperties(runtime.getDevice())
             device = properties["name"].decode()
             versions |= {"cuda": runtime.runtimeGetVersion(), "driver": runtime.driverGetVersion()}
-    tf32 = backend.xp is not np and os.environ.get("CUPY_TF32", "0") not in ("", "0")
+    tf32 = backend.xp is not np and os.environ.get("CUPY_TF32") == "1"
     return {"backend": backend.name, "device": device, "tf32": tf32, "versions": versions}
 
 
@@ -189,7 +189,7 @@ def collected(report: Report) -> Iterator[None]:
         yield
     if report.environment["tf32"]:
         report.warnings.append(
-            "CUPY_TF32 is on: float32 products are rounded to 11 bits, and float32 fails"
+            "CUPY_TF32 is on: float32 products round their factors to 10 bits, and fail"
         )
     report.warnings += dict.fromkeys(" ".join(str(w.message).split()) for w in caught)
 
