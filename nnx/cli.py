@@ -1024,7 +1024,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--out", metavar="FILE", help="where to write (default: standard output)")
 
-    check = add(_check, "prove gradients, and compare a backend with NumPy number by number")
+    check = add(_check, "prove gradients, and compare a backend with another, number by number")
     check.add_argument(
         "subject",
         metavar="RUN|MODEL",

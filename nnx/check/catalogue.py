@@ -277,7 +277,7 @@ def _compare_arrays(
     row = report.add(name, compared, gap.error, bound, ulp=gap.ulp, detail=worst)
     if not row.passed:
         where = (gap.index, gap.expected, gap.actual, gap.ulp, gap.error, bound)
-        found = Divergence(0, name, worst, *where)
+        found = Divergence(None, name, worst, *where)
         report.rows[-1] = row._replace(detail=str(found))
         report.first_divergence = report.first_divergence or found
 

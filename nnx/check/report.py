@@ -17,7 +17,7 @@ class Divergence(NamedTuple):
     """The first number that two backends disagree on, beyond what rounding explains.
 
     Attributes:
-        step: Of the training, from 0.
+        step: Of the training, from 0; None for a layer, loss or optimizer on its own.
         layer: The layer to blame, by path and class, or the loss, or the optimizer. What went into
             it agreed, what came out doesn't.
         array: `"output"`, `"gradient of the input"`, or the name of a parameter or a state.
@@ -29,7 +29,7 @@ class Divergence(NamedTuple):
         bound: What the error may be.
     """
 
-    step: int
+    step: int | None
     layer: str
     array: str
     index: tuple[int, ...]  # type: ignore[assignment]  # not the method of a tuple
@@ -41,8 +41,9 @@ class Divergence(NamedTuple):
 
     def __str__(self) -> str:
         apart = "" if self.ulp is None else f", {self.ulp:,} ulp apart"
+        step = "" if self.step is None else f"step {self.step}, "
         return (
-            f"step {self.step}, {self.layer}, {self.array} at {list(self.index)}: expected "
+            f"{step}{self.layer}, {self.array} at {list(self.index)}: expected "
             f"{self.expected!s}, got {self.actual!s}{apart}; error {self.error:.2g}, "
             f"bound {self.bound:.2g}"
         )
