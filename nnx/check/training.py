@@ -34,6 +34,7 @@ from nnx.data import check_features
 from nnx.layers import Layer
 from nnx.losses import Loss
 from nnx.optimizers import Optimizer
+from nnx.trainer import _to_host
 
 _SEEDS = (4, 32)
 """How many times a step is repeated with other roundings where an array differs: at first, and
@@ -246,9 +247,9 @@ def model(
         )
     actual = resolve(backend, default=backend_of(*(p.value for p in parameters)))
     dtype = np.dtype(dtype or parameters[0].value.dtype)
-    x = check_features(np.asarray(x), who="check.model").astype(dtype)
+    x = check_features(_to_host(x), who="check.model").astype(dtype)
     n_outputs = converted(model, dtype)(x[:1]).shape[-1]
-    t = loss.check_target(np.asarray(t), len(x), n_outputs, dtype, "check.model")
+    t = loss.check_target(_to_host(t), len(x), n_outputs, dtype, "check.model")
     start = _started(optimizer)
     report = Report(f"{type(model).__name__}, {type(loss).__name__}, {optimizer!r}", actual)
 
