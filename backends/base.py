@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, ModuleType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -243,34 +243,20 @@ class Backend(Protocol):
         accumulate: tuple[bool, bool] = (False, False),
         need_dx: bool = True,
     ) -> Array | None: ...
-    def sgd(
+    def condition(
         self,
-        value: Array,
-        grad: Array,
-        velocity: Array | None,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
+        update: Update,
         *,
-        momentum: float,
-        nesterov: bool,
-        weight_decay: float,
-    ) -> None: ...
-    def adam(
-        self,
-        value: Array,
-        grad: Array,
-        m: Array,
-        v: Array,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
-        *,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-    ) -> None: ...
+        l1: float,
+        l2: float,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> Update: ...
+    def sgd(self, update: Update, *, momentum: float, nesterov: bool) -> None: ...
+    def adam(self, update: Update, *, beta1: float, beta2: float, eps: float) -> None: ...
+    def adagrad(self, update: Update, *, lr_decay: float, initial: float, eps: float) -> None: ...
+    def rmsprop(self, update: Update, *, alpha: float, eps: float, momentum: float) -> None: ...
+    def lion(self, update: Update, *, beta1: float, beta2: float) -> None: ...
     def pieces(
         self, groups: Groups | None, *arrays: Array
     ) -> Iterator[tuple[tuple[Array, ...], float, float]]: ...
@@ -406,14 +392,41 @@ class _Rows:
         return [source[index] for source in self._sources]
 
 
+class Update(NamedTuple):
+    """What every optimizer's operation works on: one step of the flat parameter vector.
+
+    Attributes:
+        value: `(K, P)`, one row per model; written.
+        grad: `(K, P)`; written by `condition` only.
+        slots: The rule's own state, `(K, P)` each, in its order; written. None is one not in use.
+        groups: Which elements are updated how; frozen ones (`lr_scale` 0) keep their bits.
+        state: Number and learning rate of the step; the operation ends with its `advance(loss)`.
+        loss: Entered in the loss log, `()` or `(K,)`.
+        scale: Factor of each model's gradient, `(K,)`; set by `condition`.
+        decay: `decay * decay_scale * value` is added to the gradient, after `scale`.
+        shrink: Before that, `value *= 1 - lr * shrink * decay_scale`.
+    """
+
+    value: Array
+    grad: Array
+    slots: tuple[Array | None, ...]
+    groups: Groups
+    state: StepState
+    loss: Array | None = None
+    scale: Array | None = None
+    decay: float = 0.0
+    shrink: float = 0.0
+
+
 class XpBackend:
     """Every operation in plain xp, with `xp` NumPy or CuPy.
 
     Attributes:
         graphs: Whether `capture` can work.
 
-    Arrays named `out`, `total`, `dweight`, `dbias`, `value`, `velocity`, `m`, `v`, `z` and
-    `running_...` are written; no other argument ever is. Masks are opaque to callers.
+    Arrays named `out`, `total`, `dweight`, `dbias`, `z` and `running_...` are written, of an
+    optimizer the parameters and its own state, by `condition` the gradient; no other argument ever
+    is. Masks are opaque to callers.
     """
 
     graphs = False
@@ -1080,110 +1093,187 @@ class XpBackend:
 
     # ---- optimizers: one operation over the flat parameter vector ------------------------------
 
-    def sgd(
+    def condition(
         self,
-        value: Array,
-        grad: Array,
-        velocity: Array | None,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
+        update: Update,
         *,
-        momentum: float,
-        nesterov: bool,
-        weight_decay: float,
-    ) -> None:
-        """One step of SGD on `value` `(K, P)`; then `state.advance(loss)`.
+        l1: float,
+        l2: float,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> Update:
+        """Penalize and clip the gradient of an update, before an optimizer's own operation.
 
-        `g = grad + weight_decay * value`, `velocity = momentum * velocity + g`, and `value` goes
-        down by `lr * velocity`, with Nesterov by `lr * (g + momentum * velocity)`.
+        In place `grad += decay_scale * (l1 * sign(value) + l2 * value)`, then each element is
+        limited to `[-clip_value, clip_value]`. A factor 0 adds nothing, None doesn't clip. Frozen
+        elements count as having no gradient, and theirs is left alone.
+
+        Returns:
+            The update, with `clip_norm` its `scale` set to `min(1, clip_norm / (norm + 1e-6))`. The
+            Euclidean norm is that of each model, its squares added in float64.
         """
-        xp, rate = self.xp, state.rate
-        for w, g, (u,), work, lr_scale, decay_scale in self._pieces(groups, value, grad, velocity):
-            g = self._decayed(g, w, weight_decay * decay_scale)
-            update = g
+        xp, value, grad = self.xp, update.value, update.grad
+        work = self._space(value, value.dtype)
+        wide = None if clip_norm is None else self._space(value, np.float64)
+        square = xp.zeros(len(value), np.float64)
+        for (w, g), lr_scale, decay_scale in self.pieces(update.groups, value, grad):
+            if lr_scale == 0:
+                continue
+            cut = np.s_[:, : w.shape[1]]
+            if l1 * decay_scale:  # 0 * inf is NaN
+                sign = xp.sign(w, out=work[cut])
+                xp.add(g, xp.multiply(sign, l1 * decay_scale, out=sign), out=g)
+            if l2 * decay_scale:
+                xp.add(g, xp.multiply(w, l2 * decay_scale, out=work[cut]), out=g)
+            if clip_value is not None:
+                xp.clip(g, -clip_value, clip_value, out=g)
+            if wide is not None:
+                squares = wide[cut]
+                xp.copyto(squares, g)
+                square += xp.multiply(squares, squares, out=squares).sum(axis=-1)
+        if clip_norm is None:
+            return update
+        scale = self.empty((len(value),), value.dtype)
+        scale[...] = xp.minimum(clip_norm / (xp.sqrt(square) + 1e-6), 1)
+        return update._replace(scale=scale)
+
+    def sgd(self, update: Update, *, momentum: float, nesterov: bool) -> None:
+        """One step of SGD; the slot is a velocity, or None without momentum.
+
+        `velocity = momentum * velocity + g`, and `value` goes down by `lr * velocity`, with
+        Nesterov by `lr * (g + momentum * velocity)`.
+        """
+        xp = self.xp
+        for w, g, (u,), work, lr in self._pieces(update):
+            step = g
             if u is not None:
                 xp.multiply(u, momentum, out=u)
                 xp.add(u, g, out=u)
-                update = xp.add(g, xp.multiply(u, momentum, out=work), out=work) if nesterov else u
-            xp.multiply(update, rate * lr_scale, out=work)
-            xp.subtract(w, work, out=w)
-        state.advance(loss)
+                step = xp.add(g, xp.multiply(u, momentum, out=work), out=work) if nesterov else u
+            self._descend(w, step, lr, work)
+        update.state.advance(update.loss)
 
-    def adam(
-        self,
-        value: Array,
-        grad: Array,
-        m: Array,
-        v: Array,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
-        *,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        """One step of Adam on `value` `(K, P)`; then `state.advance(loss)`.
+    def adam(self, update: Update, *, beta1: float, beta2: float, eps: float) -> None:
+        """One step of Adam; the slots are m, v and, for AMSGrad, the largest v so far.
 
-        Kingma and Ba 2015, algorithm 1, with PyTorch's order of operations: `g = grad +
-        weight_decay * value`, `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
-        and with `t = state.number + 1` `value` goes down by
-        `lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`.
+        Kingma and Ba 2015, algorithm 1, with PyTorch's order of operations:
+        `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`, and with
+        `t = state.number + 1` `value` goes down by
+        `lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`; for AMSGrad with the
+        largest v under the root.
         """
-        xp, rate, t = self.xp, state.rate, state.number + 1
+        xp, t = self.xp, update.state.number + 1
         correction1 = 1 - beta1**t
         correction2 = (1 - beta2**t) ** 0.5
-        for w, g, (m_, v_), work, lr_scale, decay_scale in self._pieces(groups, value, grad, m, v):
-            g = self._decayed(g, w, weight_decay * decay_scale)
-            xp.multiply(m_, beta1, out=m_)
-            xp.multiply(g, 1 - beta1, out=work)
-            xp.add(m_, work, out=m_)
-            xp.multiply(v_, beta2, out=v_)
-            xp.multiply(g, g, out=work)
-            xp.multiply(work, 1 - beta2, out=work)
-            xp.add(v_, work, out=v_)
-            xp.sqrt(v_, out=work)
+        for w, g, (m, v, v_max), work, lr in self._pieces(update):
+            self._average(m, g, beta1, work)
+            self._average(v, xp.multiply(g, g, out=work), beta2, work)
+            if v_max is not None:
+                v = xp.maximum(v_max, v, out=v_max)
+            xp.sqrt(v, out=work)
             xp.divide(work, correction2, out=work)
             xp.add(work, eps, out=work)
-            xp.divide(m_, work, out=work)
-            xp.multiply(work, rate * lr_scale / correction1, out=work)
-            xp.subtract(w, work, out=w)
-        state.advance(loss)
+            xp.divide(m, work, out=work)
+            self._descend(w, work, lr / correction1, work)
+        update.state.advance(update.loss)
 
-    def _decayed(self, grad: Array, value: Array, decay: float) -> Array:
-        """`grad + decay * value`; `grad` itself without decay, since 0 * inf is NaN."""
-        if decay == 0:
-            return grad
-        out = self.xp.multiply(value, decay, out=self.empty(value.shape, value.dtype))
-        return self.xp.add(grad, out, out=out)
+    def adagrad(self, update: Update, *, lr_decay: float, initial: float, eps: float) -> None:
+        """One step of AdaGrad; the slot is the sum of squares.
 
-    def _pieces(
-        self, groups: Groups, value: Array, grad: Array, *slots: Array | None
-    ) -> Iterator[tuple[Array, Array, tuple[Array | None, ...], Array, float, float]]:
-        """`pieces` of `value`, `grad` and the slots that are there, and work space of their shape.
-
-        Yields `(value, grad, slots, work, lr_scale, decay_scale)`; frozen pieces are left out.
+        `sum = sum + g^2`, and with `t = state.number` `value` goes down by
+        `lr / (1 + t lr_decay) * g / (sqrt(sum + initial) + eps)`.
         """
-        n_models, size = value.shape
-        space = self.empty((n_models, min(size, self._width(n_models))), value.dtype)
+        xp, slower = self.xp, 1 + update.state.number * lr_decay
+        for w, g, (s,), work, lr in self._pieces(update):
+            xp.add(s, xp.multiply(g, g, out=work), out=s)
+            xp.sqrt(xp.add(s, initial, out=work), out=work)
+            xp.add(work, eps, out=work)
+            xp.divide(g, work, out=work)
+            self._descend(w, work, lr / slower, work)
+        update.state.advance(update.loss)
+
+    def rmsprop(self, update: Update, *, alpha: float, eps: float, momentum: float) -> None:
+        """One step of RMSProp; the slots are v, and m if centered, and u with momentum.
+
+        `v = alpha v + (1 - alpha) g^2`, `d = g / (sqrt(v) + eps)`, and `value` goes down by
+        `lr * d`. Centered, `m = alpha m + (1 - alpha) g`, and `max(v - m^2, 0)` is under the root.
+        With momentum, `u = momentum * u + d` and `value` goes down by `lr * u`.
+        """
+        xp = self.xp
+        for w, g, (v, m, u), work, lr in self._pieces(update):
+            self._average(v, xp.multiply(g, g, out=work), alpha, work)
+            square = v
+            if m is not None:
+                self._average(m, g, alpha, work)
+                xp.subtract(v, xp.multiply(m, m, out=work), out=work)
+                square = xp.maximum(work, 0, out=work)
+            xp.add(xp.sqrt(square, out=work), eps, out=work)
+            step = xp.divide(g, work, out=work)
+            if u is not None:
+                step = xp.add(xp.multiply(u, momentum, out=u), step, out=u)
+            self._descend(w, step, lr, work)
+        update.state.advance(update.loss)
+
+    def lion(self, update: Update, *, beta1: float, beta2: float) -> None:
+        """One step of Lion; the slot is m.
+
+        `value` goes down by `lr * sign(beta1 m + (1 - beta1) g)`, then
+        `m = beta2 m + (1 - beta2) g`.
+        """
+        xp, space = self.xp, self._space(update.value, update.value.dtype)
+        for w, g, (m,), work, lr in self._pieces(update):
+            step = space[:, : w.shape[1]]
+            xp.multiply(m, beta1, out=step)
+            xp.add(step, xp.multiply(g, 1 - beta1, out=work), out=work)
+            self._descend(w, xp.sign(work, out=step), lr, work)  # in place NumPy's is slower
+            self._average(m, g, beta2, work)
+        update.state.advance(update.loss)
+
+    def _average(self, mean: Array, term: Array, beta: float, work: Array) -> None:
+        """`mean = beta * mean + (1 - beta) * term`; the term may be in `work`."""
+        xp = self.xp
+        xp.multiply(mean, beta, out=mean)
+        xp.multiply(term, 1 - beta, out=work)
+        xp.add(mean, work, out=mean)
+
+    def _descend(self, value: Array, step: Array, lr: float, work: Array) -> None:
+        """`value -= lr * step`; the step may be in `work`."""
+        self.xp.multiply(step, lr, out=work)
+        self.xp.subtract(value, work, out=value)
+
+    def _pieces(self, update: Update) -> Iterator[tuple[Array, Array, list[Array], Array, float]]:
+        """`pieces` of an update, those left out that are frozen, ready for an optimizer's rule.
+
+        Yields:
+            `(value, g, slots, work, lr)`: the value shrunk; the gradient scaled and decayed, not in
+            place; the slots, each may be None; memory of their shape; the piece's learning rate.
+        """
+        xp, (value, grad, slots, groups, state, _, scale, decay, shrink) = self.xp, update
+        rate = state.rate
+        space = self._space(value, value.dtype)
+        ready = space if scale is None and not decay else self._space(value, value.dtype)
         there = [slot for slot in slots if slot is not None]
         for (w, g, *views), lr_scale, decay_scale in self.pieces(groups, value, grad, *there):
             if lr_scale == 0:
-                continue  # frozen: 0 * NaN would change it
+                continue  # 0 * NaN would change it
+            lr, n = rate * lr_scale, w.shape[1]
+            work = space[:, :n]
+            if scale is not None:
+                g = xp.multiply(g, scale[:, None], out=ready[:, :n])
+            if shrink * decay_scale:
+                xp.multiply(w, 1 - lr * shrink * decay_scale, out=w)
+            if decay * decay_scale:  # 0 * inf must not reach the gradient
+                g = xp.add(g, xp.multiply(w, decay * decay_scale, out=work), out=ready[:, :n])
             rest = iter(views)
-            aligned = tuple(None if slot is None else next(rest) for slot in slots)
-            yield w, g, aligned, space[:, : w.shape[1]], lr_scale, decay_scale
+            yield w, g, [None if slot is None else next(rest) for slot in slots], work, lr
 
     def pieces(
         self, groups: Groups | None, *arrays: Array
     ) -> Iterator[tuple[tuple[Array, ...], float, float]]:
         """Views of flat arrays `(K, P)` piece by piece, each piece of one group.
 
-        What an optimizer without a kernel goes through, with `elementwise` on the views. On the
-        host a piece is small enough to stay in the cache from one pass to the next; on a device,
-        where each pass is a launch, a piece is a whole run of equal settings.
+        On the host a piece is small enough to stay in the cache from one pass to the next; on a
+        device, where each pass is a launch, a piece is a whole run of equal settings.
 
         Args:
             groups: Which elements are updated how; None for all of them alike.
@@ -1196,9 +1286,17 @@ class XpBackend:
         width = self._width(n_models)
         runs = ((0, size, 1.0, 1.0),) if groups is None else groups.runs
         for start, stop, lr_scale, decay_scale in runs:
+            if stop - start == size <= width:  # a small model: views take a microsecond
+                yield arrays, lr_scale, decay_scale
+                return
             for i in range(start, stop, width):
                 cut = np.s_[:, i : min(i + width, stop)]
                 yield tuple([a[cut] for a in arrays]), lr_scale, decay_scale
+
+    def _space(self, flat: Array, dtype: Any) -> Array:
+        """Memory for a piece of arrays like `flat`."""
+        n_models, size = flat.shape
+        return self.empty((n_models, min(size, self._width(n_models))), dtype)
 
     def _width(self, n_models: int) -> int:
         """Columns of a piece."""

@@ -29,6 +29,7 @@ from nnx.backends.base import (
     Graph,
     Groups,
     StepState,
+    Update,
     XpBackend,
     check_operands,
 )
@@ -52,6 +53,9 @@ _TILE = 128 * THREADS
 _TILE_WIDTH = 8
 
 _SOFTMAX_NLL = "=T =T? =T =u32 T i64? T? T? T? T? T? float float float " + " ".join(["int"] * 11)
+
+# what all optimizers begin with
+_UPDATE = "=T =T =i64 =u32 T T? T? f64 u8 f64 float float int int"
 
 # Parameters of each kernel, in order. Arrays: "T" (of the kernel's dtype), "u32", "u8", "i64",
 # "f64" and "any", "=" before one it writes, "?" behind one that may be None, "*" behind `(n,)` or
@@ -95,14 +99,12 @@ _KERNELS = {
         "normalization.cu",
         "=T T T T T T? T int int int int int",
     ),
-    "sgd": (
-        "optimizers.cu",
-        "=T =T? =T =i64 =u32 T T? f64 u8 f64 float int float int int",
-    ),
-    "adam": (
-        "optimizers.cu",
-        "=T =T =T =T =i64 =u32 T T? f64 u8 f64 float float float float int int",
-    ),
+    "condition": ("optimizers.cu", "=T =T? =f64? =u32 T u8 f64 float float float float int int"),
+    "sgd": ("optimizers.cu", f"{_UPDATE} =T? float int"),
+    "adam": ("optimizers.cu", f"{_UPDATE} =T =T =T? float float float"),
+    "adagrad": ("optimizers.cu", f"{_UPDATE} =T float float float"),
+    "rmsprop": ("optimizers.cu", f"{_UPDATE} =T =T? =T? float float float"),
+    "lion": ("optimizers.cu", f"{_UPDATE} =T float float"),
     "gather_rows": ("batch.cu", "=any? =any? =any? any? any? any? i64 i64 int int int int int"),
     "count_correct": ("metrics.cu", "=i64 T i64 int int int int int int int int"),
     "confusion": ("metrics.cu", "=i64 T? i64? i64 float int int int int int int int"),
@@ -1048,79 +1050,94 @@ class CupyBackend(XpBackend):
     # ---- optimizers ----------------------------------------------------------------------------
 
     @_by_kernel("optimizers.cu")
-    def sgd(
+    def condition(
         self,
-        value: Array,
-        grad: Array,
-        velocity: Array | None,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
+        update: Update,
         *,
-        momentum: float,
-        nesterov: bool,
-        weight_decay: float,
-    ) -> None:
+        l1: float,
+        l2: float,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> Update:
         """As in `XpBackend`, in one launch."""
-        n = value.size
-        slot = None if velocity is None else (velocity, n)
-        self._update(
-            "sgd", value, (slot,), grad, groups, state, loss, momentum, nesterov, weight_decay
+        value, groups, tiles = update.value, update.groups, _tiles(update.value)
+        n_models, size = value.shape
+        scale = partial = None
+        if clip_norm is not None:
+            scale = self.empty((n_models,), value.dtype)
+            partial = self.empty((tiles,), _DTYPES["f64"])
+        self._launch(
+            "condition",
+            value.dtype,
+            tiles,
+            (update.grad, value.size),
+            _sized(scale),
+            _sized(partial),
+            (self._ticket(n_models), n_models),
+            (value, value.size),
+            (groups.ids, size // Groups.BLOCK),
+            (groups.table, groups.table.size),
+            l1,
+            l2,
+            clip_value or 0.0,
+            clip_norm or 0.0,
+            n_models,
+            size,
+            lanes=THREADS,
         )
+        return update._replace(scale=scale)
 
     @_by_kernel("optimizers.cu")
-    def adam(
-        self,
-        value: Array,
-        grad: Array,
-        m: Array,
-        v: Array,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
-        *,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def sgd(self, update: Update, *, momentum: float, nesterov: bool) -> None:
         """As in `XpBackend`, in one launch."""
-        slots = ((m, value.size), (v, value.size))
-        self._update(
-            "adam", value, slots, grad, groups, state, loss, beta1, beta2, eps, weight_decay
-        )
+        self._update("sgd", update, momentum, nesterov)
 
-    def _update(
-        self,
-        name: str,
-        value: Array,
-        slots: Sequence[tuple[Array, int] | None],
-        grad: Array,
-        groups: Groups,
-        state: StepState,
-        loss: Array | None,
-        *hyper_parameters: float,
-    ) -> None:
-        """Launch an optimizer: all begin and end with the same arguments."""
+    @_by_kernel("optimizers.cu")
+    def adam(self, update: Update, *, beta1: float, beta2: float, eps: float) -> None:
+        """As in `XpBackend`, in one launch."""
+        self._update("adam", update, beta1, beta2, eps)
+
+    @_by_kernel("optimizers.cu")
+    def adagrad(self, update: Update, *, lr_decay: float, initial: float, eps: float) -> None:
+        """As in `XpBackend`, in one launch."""
+        self._update("adagrad", update, lr_decay, initial, eps)
+
+    @_by_kernel("optimizers.cu")
+    def rmsprop(self, update: Update, *, alpha: float, eps: float, momentum: float) -> None:
+        """As in `XpBackend`, in one launch."""
+        self._update("rmsprop", update, alpha, eps, momentum)
+
+    @_by_kernel("optimizers.cu")
+    def lion(self, update: Update, *, beta1: float, beta2: float) -> None:
+        """As in `XpBackend`, in one launch."""
+        self._update("lion", update, beta1, beta2)
+
+    def _update(self, name: str, update: Update, *hyper_parameters: float) -> None:
+        """Launch an optimizer: all begin with the same arguments."""
+        value, state, groups = update.value, update.state, update.groups
         assert isinstance(state, CupyStepState)
-        n_models, size = value.shape
+        n, (n_models, size) = value.size, value.shape
         self._launch(
             name,
             value.dtype,
-            value.size,
-            (value, value.size),
-            *slots,
+            _tiles(value),
+            (value, n),
             (state.log, state.log.size),
             (state.counters, 2),
             (self._ticket(), 1),
-            (grad, value.size),
-            None if loss is None else (loss, n_models),
+            (update.grad, n),
+            None if update.scale is None else (update.scale, n_models),
+            None if update.loss is None else (update.loss, n_models),
             (state.device_rates, len(state.rates)),
             (groups.ids, size // Groups.BLOCK),
             (groups.table, groups.table.size),
-            *hyper_parameters,
+            update.decay,
+            update.shrink,
             n_models,
             size,
+            *(None if slot is None else (slot, n) for slot in update.slots),
+            *hyper_parameters,
+            lanes=THREADS,
         )
         state.count()
 
@@ -1262,6 +1279,15 @@ def _parts(n: int, tile: int) -> tuple[int, int]:
     """Rows that a block takes of n, a multiple of its tile; and how many blocks it takes."""
     rows = tile * -(-n // (tile * _PARTS))
     return rows, -(-n // rows)
+
+
+def _tiles(value: Array) -> int:
+    """Tiles of the flat vector `(K, P)`, of 2,048 elements (`TILE` of optimizers.cu) or a rest.
+
+    At least one: a step is to be counted even if there is nothing to update.
+    """
+    n_models, size = value.shape
+    return int(max(n_models * -(-size // 2048), 1))
 
 
 @functools.cache

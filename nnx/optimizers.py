@@ -13,13 +13,14 @@ after `backward`, and the weight decay is in the optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
 from nnx._checks import check_range
-from nnx.backends import Array, StepState
+from nnx.backends import Array, Backend, StepState
+from nnx.backends.base import Update
 from nnx.parameter import ParameterVector
 
 Schedule: TypeAlias = Callable[[int], float]
@@ -53,9 +54,11 @@ class Optimizer:
     norm over all parameters of one model (Pascanu et al. 2013, "On the difficulty of training
     recurrent neural networks", algorithm 1, as `torch.nn.utils.clip_grad_norm_`). Nobody waits for
     the norm; if it is NaN, so is every gradient. Frozen parameters count as having no gradient.
-    On CuPy clipping by norm costs a matrix product and a launch, by value a launch, and a penalty a
-    launch for each run of parameters of equal settings. After `step` the gradients are
-    penalized and clipped; optimizers without a kernel leave their weight decay in them as well.
+    After `step` the gradients are penalized and clipped by value; the factor of `clip_norm` goes
+    into the step alone, and so does the weight decay.
+
+    On CuPy a step is one launch, whatever the rule and the groups of parameters; penalties and
+    clipping are together one more. Both read what changes from step to step on the device.
 
     Args:
         lr: Learning rate, or a function from the step number to it.
@@ -73,6 +76,9 @@ class Optimizer:
 
     PLAN = 1024
     """Steps planned at a time where nobody says how many there will be."""
+
+    decoupled = False
+    """Whether the weight decay shrinks the parameters instead of adding to the gradient."""
 
     def __init__(
         self,
@@ -215,9 +221,29 @@ class Optimizer:
         """
         steps, vector = self._planned(), self.vector
         vector.clear_unwritten()
-        self._add_penalty(vector, self.l1, self.l2)
-        self._clip(vector)
-        self._update(vector, steps, loss)
+        decay, shrink = self.weight_decay, 0.0
+        if self.decoupled:
+            decay, shrink = shrink, decay
+        slots = tuple([name and self.slot(name) for name in self._names()])
+        update = Update(
+            vector.value,
+            vector.grad,
+            slots,
+            vector.groups,
+            steps,
+            loss,
+            decay=decay,
+            shrink=shrink,
+        )
+        if self.l1 or self.l2 or self.clip_value is not None or self.clip_norm is not None:
+            update = vector.backend.condition(
+                update,
+                l1=self.l1,
+                l2=self.l2,
+                clip_value=self.clip_value,
+                clip_norm=self.clip_norm,
+            )
+        self._update(vector.backend, update)
         vector.begin_step()
 
     def penalty(self) -> Array:
@@ -230,61 +256,13 @@ class Optimizer:
             total += scale * self.l2 / 2 * (w * w).sum(axis=-1)
         return total[0, ...] if vector.n_models is None else total
 
-    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
-        """The optimizer's rule; ends with `steps.advance(loss)` or an operation that does."""
+    def _names(self) -> tuple[str | None, ...]:
+        """The rule's slots, in the order of its operation; None for one not in use."""
         raise NotImplementedError
 
-    def _add_penalty(self, vector: ParameterVector, l1: float, l2: float) -> None:
-        """`grad += decay_scale * (l1 * sign(value) + l2 * value)`; a factor 0 adds nothing."""
-        if not (l1 or l2):
-            return
-        backend = vector.backend
-        for (g, w), lr_scale, scale in backend.pieces(vector.groups, vector.grad, vector.value):
-            a, b = l1 * scale, l2 * scale
-            if lr_scale == 0 or not (a or b):
-                continue
-            if not a:  # 0 * inf must not reach the gradient
-                backend.elementwise("g + b * w", g, g=g, w=w, b=b)
-            elif not b:
-                backend.elementwise("g + a * sign(w)", g, g=g, w=w, a=a)
-            else:
-                backend.elementwise("g + (a * sign(w) + b * w)", g, g=g, w=w, a=a, b=b)
-
-    def _clip(self, vector: ParameterVector) -> None:
-        """Clip the gradient in place, by value and then by norm."""
-        backend, grad, limit = vector.backend, vector.grad, self.clip_value
-        if limit is not None:
-            for (g,), _, _ in backend.pieces(None, grad):
-                clipped = "maximum(minimum(g, high), low)"
-                backend.elementwise(clipped, g, g=g, low=-limit, high=limit)
-        if self.clip_norm is None:
-            return
-        for (g,), lr_scale, _ in backend.pieces(vector.groups, grad):
-            if lr_scale == 0:
-                g.fill(0)
-        square = backend.empty((len(grad), 1, 1), grad.dtype)
-        backend.gemm(grad[:, None, :], grad[:, :, None], square)
-        norms = backend.xp.broadcast_to(square[:, 0], grad.shape)
-        scaled = "g * minimum(limit / (sqrt(square) + 1e-6), 1)"
-        for (g, s), _, _ in backend.pieces(None, grad, norms):
-            backend.elementwise(scaled, g, g=g, square=s, limit=self.clip_norm)
-
-    def _shrink(self, vector: ParameterVector, rate: float) -> None:
-        """Decoupled weight decay: `value *= 1 - rate * weight_decay`, by group."""
-        if self.weight_decay:
-            for (w,), lr_scale, scale in vector.backend.pieces(vector.groups, vector.value):
-                factor = 1 - rate * lr_scale * self.weight_decay * scale
-                if factor != 1:
-                    vector.backend.elementwise("w * factor", w, w=w, factor=factor)
-
-    def _each(
-        self, vector: ParameterVector, *slots: str
-    ) -> Iterator[tuple[Array, Array, tuple[Array, ...], float]]:
-        """`(value, grad, slots, lr_scale)` of each piece that isn't frozen."""
-        arrays = (vector.value, vector.grad, *(self.slot(name) for name in slots))
-        for (w, g, *views), lr_scale, _ in vector.backend.pieces(vector.groups, *arrays):
-            if lr_scale != 0:
-                yield w, g, tuple(views), lr_scale
+    def _update(self, backend: Backend, update: Update) -> None:
+        """The optimizer's rule: one operation of the backend."""
+        raise NotImplementedError
 
     def _check(self, name: str, value: float, high: float = math.inf) -> None:
         """Check that a hyper-parameter is in [0, high)."""
@@ -361,18 +339,11 @@ class SGD(Optimizer):
     def config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().config(), "momentum": self.momentum, "nesterov": self.nesterov}
 
-    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
-        vector.backend.sgd(
-            vector.value,
-            vector.grad,
-            self.slot("velocity") if self.momentum else None,
-            vector.groups,
-            steps,
-            loss,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-        )
+    def _names(self) -> tuple[str | None, ...]:
+        return ("velocity" if self.momentum else None,)
+
+    def _update(self, backend: Backend, update: Update) -> None:
+        backend.sgd(update, momentum=self.momentum, nesterov=self.nesterov)
 
 
 class Adam(Optimizer):
@@ -394,9 +365,6 @@ class Adam(Optimizer):
         options: Weight decay, penalties and clipping, see `Optimizer`.
     """
 
-    decoupled = False
-    """Whether the weight decay shrinks the parameters instead of adding to the gradient."""
-
     def __init__(
         self,
         lr: float | Schedule = 1e-3,
@@ -417,43 +385,11 @@ class Adam(Optimizer):
         config = {**super().config(), "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
         return config | ({"amsgrad": True} if self.amsgrad else {})
 
-    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
-        decay = self.weight_decay
-        if self.decoupled:
-            self._shrink(vector, steps.rate)
-            decay = 0.0
-        if self.amsgrad:
-            self._add_penalty(vector, 0, decay)
-            self._update_amsgrad(vector, steps, loss)
-            return
-        vector.backend.adam(
-            vector.value,
-            vector.grad,
-            self.slot("m"),
-            self.slot("v"),
-            vector.groups,
-            steps,
-            loss,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=decay,
-        )
+    def _names(self) -> tuple[str | None, ...]:
+        return "m", "v", "v_max" if self.amsgrad else None
 
-    def _update_amsgrad(
-        self, vector: ParameterVector, steps: StepState, loss: Array | None
-    ) -> None:
-        elementwise, t = vector.backend.elementwise, steps.number + 1
-        rate = steps.rate / (1 - self.beta1**t)
-        root = math.sqrt(1 - self.beta2**t)
-        b1, b2, eps = self.beta1, self.beta2, self.eps
-        for w, g, (m, v, v_max), lr_scale in self._each(vector, "m", "v", "v_max"):
-            elementwise("b * m + c * g", m, m=m, g=g, b=b1, c=1 - b1)
-            elementwise("b * v + c * (g * g)", v, v=v, g=g, b=b2, c=1 - b2)
-            elementwise("maximum(v_max, v)", v_max, v_max=v_max, v=v)
-            change = "w - lr * (m / (sqrt(v) / root + eps))"
-            elementwise(change, w, w=w, m=m, v=v_max, lr=rate * lr_scale, root=root, eps=eps)
-        steps.advance(loss)
+    def _update(self, backend: Backend, update: Update) -> None:
+        backend.adam(update, beta1=self.beta1, beta2=self.beta2, eps=self.eps)
 
 
 class AdamW(Adam):
@@ -542,16 +478,11 @@ class AdaGrad(Optimizer):
         own = {"lr_decay": self.lr_decay, "initial": self.initial, "eps": self.eps}
         return super().config() | own
 
-    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
-        elementwise, eps = vector.backend.elementwise, self.eps
-        rate = steps.rate / (1 + steps.number * self.lr_decay)
-        self._add_penalty(vector, 0, self.weight_decay)
-        for w, g, (s,), lr_scale in self._each(vector, "sum"):
-            elementwise("s + g * g", s, s=s, g=g)
-            change = "w - lr * (g / (sqrt(s + initial) + eps))"
-            lr = rate * lr_scale
-            elementwise(change, w, w=w, g=g, s=s, lr=lr, initial=self.initial, eps=eps)
-        steps.advance(loss)
+    def _names(self) -> tuple[str | None, ...]:
+        return ("sum",)
+
+    def _update(self, backend: Backend, update: Update) -> None:
+        backend.adagrad(update, lr_decay=self.lr_decay, initial=self.initial, eps=self.eps)
 
 
 class RMSProp(Optimizer):
@@ -594,27 +525,11 @@ class RMSProp(Optimizer):
         own |= {"momentum": self.momentum, "centered": self.centered}
         return super().config() | own
 
-    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
-        elementwise, rate = vector.backend.elementwise, steps.rate
-        self._add_penalty(vector, 0, self.weight_decay)
-        names = ["v"] + ["m"] * self.centered + ["velocity"] * (self.momentum > 0)
-        decay = {"b": self.alpha, "c": 1 - self.alpha}
-        square = "maximum(v - m * m, 0)" if self.centered else "v"
-        step = f"g / (sqrt({square}) + eps)"
-        for w, g, views, lr_scale in self._each(vector, *names):
-            slots = dict(zip(names, views, strict=True))
-            u, read = slots.pop("velocity", None), {"g": g, "eps": self.eps}
-            elementwise("b * v + c * (g * g)", slots["v"], v=slots["v"], g=g, **decay)
-            if self.centered:
-                elementwise("b * m + c * g", slots["m"], m=slots["m"], g=g, **decay)
-            read |= slots
-            lr = rate * lr_scale
-            if u is None:
-                elementwise(f"w - lr * ({step})", w, w=w, lr=lr, **read)
-            else:
-                elementwise(f"momentum * u + {step}", u, u=u, momentum=self.momentum, **read)
-                elementwise("w - lr * u", w, w=w, u=u, lr=lr)
-        steps.advance(loss)
+    def _names(self) -> tuple[str | None, ...]:
+        return "v", "m" if self.centered else None, "velocity" if self.momentum else None
+
+    def _update(self, backend: Backend, update: Update) -> None:
+        backend.rmsprop(update, alpha=self.alpha, eps=self.eps, momentum=self.momentum)
 
 
 class Lion(Optimizer):
@@ -632,6 +547,8 @@ class Lion(Optimizer):
         options: Weight decay, penalties and clipping, see `Optimizer`.
     """
 
+    decoupled = True
+
     def __init__(
         self,
         lr: float | Schedule = 1e-4,
@@ -648,11 +565,8 @@ class Lion(Optimizer):
     def config(self) -> dict[str, Any]:  # noqa: D102
         return super().config() | {"beta1": self.beta1, "beta2": self.beta2}
 
-    def _update(self, vector: ParameterVector, steps: StepState, loss: Array | None) -> None:
-        elementwise, rate, b1, b2 = vector.backend.elementwise, steps.rate, self.beta1, self.beta2
-        self._shrink(vector, rate)
-        for w, g, (m,), lr_scale in self._each(vector, "m"):
-            change = "w - lr * sign(b * m + c * g)"
-            elementwise(change, w, w=w, m=m, g=g, lr=rate * lr_scale, b=b1, c=1 - b1)
-            elementwise("b * m + c * g", m, m=m, g=g, b=b2, c=1 - b2)
-        steps.advance(loss)
+    def _names(self) -> tuple[str | None, ...]:
+        return ("m",)
+
+    def _update(self, backend: Backend, update: Update) -> None:
+        backend.lion(update, beta1=self.beta1, beta2=self.beta2)

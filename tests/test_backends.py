@@ -32,7 +32,7 @@ from nnx.backends import (
     resolve,
 )
 from nnx.backends.arena import Arena, running
-from nnx.backends.base import Groups
+from nnx.backends.base import Groups, Update
 
 SIZES = [0, 1, 31, 33, 255, 257]
 # no denormals: CuPy compiles every kernel with -ftz=true, which takes those of float32 for 0
@@ -461,18 +461,14 @@ def test_optimizers_update_each_stretch_by_its_scales(
     flat = backend.asarray(value.copy())
     m, v = (backend.asarray(np.zeros_like(value)) for _ in range(2))
     for i, gradient in enumerate(gradients):
-        loss = send(losses[i])
+        slots = {"adam": (m, v, None), "sgd": (None,)}.get(name, (m,))
+        update = Update(flat, send(gradient), slots, groups, state, send(losses[i]), decay=0.3)
         if name == "adam":
             settings: dict[str, Any] = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6}
-            backend.adam(
-                flat, send(gradient), m, v, groups, state, loss, **settings, weight_decay=0.3
-            )
+            backend.adam(update, **settings)
         else:
             settings = {"momentum": 0.0 if name == "sgd" else 0.9, "nesterov": name == "nesterov"}
-            velocity = None if name == "sgd" else m
-            backend.sgd(
-                flat, send(gradient), velocity, groups, state, loss, **settings, weight_decay=0.3
-            )
+            backend.sgd(update, **settings)
     oracle: Any = oracles.adam if name == "adam" else oracles.sgd
     result = backend.to_numpy(flat)
     for start, stop, lr_scale, decay_scale in RUNS:
@@ -532,9 +528,8 @@ def test_gather_rows_takes_the_planned_batch(
         got = backend.gather_rows(sources, state, 4, n)
         assert_same_bits(backend.to_numpy(got[0]), x[rows])
         assert_same_bits(backend.to_numpy(got[1]), t[rows])
-        backend.sgd(  # the optimizer's operation is what goes on to the next batch
-            value, value, None, groups, state, None, momentum=0, nesterov=False, weight_decay=0
-        )
+        update = Update(value, value, (None,), groups, state)
+        backend.sgd(update, momentum=0, nesterov=False)  # what goes on to the next batch
     send.assert_untouched()
 
 

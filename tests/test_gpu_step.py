@@ -89,9 +89,19 @@ def small_trainer(optimizer: nnx.Optimizer | None = None, dropout: float = 0.5) 
     return nnx.Trainer(model, nnx.SoftmaxNLL(), optimizer, backend="cupy", seed=3)
 
 
-@pytest.mark.parametrize(
-    "optimizer", [nnx.SGD(0.1), nnx.SGD(0.1, momentum=0.9, nesterov=True), nnx.Adam(1e-2)], ids=repr
-)
+OPTIMIZERS = [
+    nnx.SGD(0.1),
+    nnx.SGD(0.1, momentum=0.9, nesterov=True),
+    nnx.Adam(1e-2),
+    nnx.AdamW(1e-2, clip_norm=1.0),
+    nnx.AMSGrad(1e-2),
+    nnx.AdaGrad(1e-2, l1=1e-3, clip_value=1.0),
+    nnx.RMSProp(1e-2, centered=True),
+    nnx.Lion(1e-3),
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
 def test_a_step_neither_waits_nor_allocates_after_the_first(optimizer: nnx.Optimizer) -> None:
     trainer = small_trainer(optimizer)
     x, t = batch(32)

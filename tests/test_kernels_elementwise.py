@@ -8,7 +8,7 @@ import pytest
 from kernel_cases import REFERENCE, SIZES, close, special, traffic, unpack
 
 from nnx.backends import get_backend
-from nnx.backends.base import Array, Groups
+from nnx.backends.base import Array, Groups, Update
 from nnx.backends.philox import words
 
 gpu = pytest.mark.gpu
@@ -272,9 +272,8 @@ def test_gather_rows(
         batch = cuda.gather_rows(there, state, batch_size, size)
         for a, host in zip(batch, hosts, strict=True):
             close(a, host[order[start : start + size]], host.dtype, exact=True)
-        cuda.sgd(  # goes on to the next position
-            value, value, None, groups, state, None, momentum=0, nesterov=False, weight_decay=0
-        )
+        update = Update(value, value, (None,), groups, state)
+        cuda.sgd(update, momentum=0, nesterov=False)  # goes on to the next position
     assert [len(a) for a in cuda.gather_rows(there, state, batch_size, 0)] == [0] * len(hosts)
     for a, host in zip(there, hosts, strict=True):
         unchanged(a, host)

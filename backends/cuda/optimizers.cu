@@ -1,100 +1,334 @@
-// Optimizers: one launch over the flat parameter vector (n_models rows of `size` elements).
+// Optimizers: one launch over the flat parameter vector (n_models rows of `size` elements, a
+// multiple of 64), and one before it where the gradient is penalized or clipped.
 //
 // counters[0] is the number of updates done, counters[1] the position in this plan; the learning
 // rate is rates[counters[1]]. groups[c / 64] is a row of table: factors of the learning rate and of
 // the weight decay. The last block to finish enters the losses in the log and counts up.
+//
+// A block takes a tile of a row at a time. What the groups say about each 64 elements of it is
+// worked out once and shared, so that the loop over the elements divides nothing and reads the
+// arrays only, 16 bytes at a time where all are aligned.
+#define TILE 2048
+#define RUN 64 // elements of one group
+
+// V elements, loaded or stored at once.
+template <typename T, int V> struct alignas(V * sizeof(T)) Few {
+    T at[V];
+};
+
+// What every optimizer is given first; see `Update` in base.py. Arrays may be null where it says so.
+template <typename T> struct Flat {
+    T *value, *log;
+    i64* counters;
+    u32* ticket;
+    const T *grad, *scale, *loss; // scale: factor of each model's gradient, or null; loss or null
+    const double *rates;
+    const u8* groups;
+    const double* table;
+    double decay, shrink;
+    i64 n_models, size;
+};
+
+struct Tile {
+    i64 model, start, run; // start: first element; run: index of its group in `groups`
+    int count;
+};
+
+__device__ inline i64 tiles_of(i64 size) { return (size + TILE - 1) / TILE; }
+
+__device__ inline Tile tile_at(i64 index, i64 n_models, i64 size)
+{
+    i64 model = n_models == 1 ? 0 : index / tiles_of(size);
+    i64 column = (index - model * tiles_of(size)) * TILE, left = size - column;
+    return {model, model * size + column, column / RUN, int(left < TILE ? left : TILE)};
+}
+
+__device__ inline bool aligned(const void* p) { return (u64)p % 16 == 0; }
 
 // What every optimizer does at its end: log[position, :] = loss; both counters + 1.
-template <typename T>
-__device__ void advance(T* log, const T* loss, i64* counters, u32* ticket, i64 n_models)
+template <typename T> __device__ void advance(const Flat<T>& flat)
 {
-    if (!last_block(ticket)) return;
-    i64 position = counters[1];
-    if (loss) {
-        for (i64 k = threadIdx.x; k < n_models; k += THREADS) log[position * n_models + k] = loss[k];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        counters[0] += 1;
-        counters[1] = position + 1;
-    }
-}
-
-template <typename T> __device__ inline T decayed(T grad, T value, double decay)
-{
-    return decay == 0 ? grad : grad + T(decay) * value; // 0 * inf must not reach the gradient
-}
-
-// g = grad + decay * value; u = momentum * u + g; value -= lr * u, or with Nesterov
-// lr * (g + momentum * u). Without momentum `velocity` is null and u = g.
-template <typename T>
-__device__ void sgd(T* value, T* velocity, T* log, i64* counters, u32* ticket, const T* grad,
-                    const T* loss, const double* rates, const u8* groups, const double* table,
-                    double momentum, i64 nesterov, double decay, i64 n_models, i64 size)
-{
-    double rate = rates[counters[1]];
-    T mu = T(momentum);
-    i64 n = n_models * size, step = (i64)gridDim.x * THREADS;
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
-        i64 row = 2 * groups[i % size / 64];
-        if (table[row] == 0) continue; // frozen: 0 * NaN would change it
-        T w = value[i], g = decayed(grad[i], w, decay * table[row + 1]), update = g;
-        if (velocity) {
-            T u = mu * velocity[i] + g;
-            velocity[i] = u;
-            update = nesterov ? g + mu * u : u;
+    if (!last_block(flat.ticket)) return;
+    i64 position = flat.counters[1];
+    if (flat.loss) {
+        for (i64 k = threadIdx.x; k < flat.n_models; k += THREADS) {
+            flat.log[position * flat.n_models + k] = flat.loss[k];
         }
-        value[i] = w - T(rate * table[row]) * update;
-    }
-    advance(log, loss, counters, ticket, n_models);
-}
-
-// g = grad + decay * value; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
-// value -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps), t = counters[0] + 1.
-template <typename T>
-__device__ void adam(T* value, T* m, T* v, T* log, i64* counters, u32* ticket, const T* grad,
-                     const T* loss, const double* rates, const u8* groups, const double* table,
-                     double beta1, double beta2, double eps, double decay, i64 n_models, i64 size)
-{
-    __shared__ double rate;
-    __shared__ T root; // sqrt(1 - beta2^t)
-    if (threadIdx.x == 0) {
-        double t = (double)(counters[0] + 1);
-        rate = rates[counters[1]] / (1 - pow(beta1, t));
-        root = T(sqrt(1 - pow(beta2, t)));
     }
     __syncthreads();
-    T b1 = T(beta1), b2 = T(beta2), c1 = T(1 - beta1), c2 = T(1 - beta2);
-    i64 n = n_models * size, step = (i64)gridDim.x * THREADS;
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
-        i64 row = 2 * groups[i % size / 64];
-        if (table[row] == 0) continue; // frozen: 0 * NaN would change it
-        T w = value[i], g = decayed(grad[i], w, decay * table[row + 1]);
-        T mi = b1 * m[i] + c1 * g, vi = b2 * v[i] + c2 * (g * g);
-        m[i] = mi;
-        v[i] = vi;
-        value[i] = w - T(rate * table[row]) * (mi / (sqrt(vi) / root + T(eps)));
+    if (threadIdx.x == 0) {
+        flat.counters[0] += 1;
+        flat.counters[1] = position + 1;
     }
-    advance(log, loss, counters, ticket, n_models);
 }
+
+// Applies a rule, `rule(w, g, s, lr)` for the element w with gradient g and state s[0], s[1], ...:
+// the gradient is scaled, w shrunk to 1 - lr * shrink of itself, `decay` of it added to g; the
+// rule's lr is `factor` times the learning rate. A slot of the state may be null.
+template <int V, typename T, int N, typename Rule>
+__device__ void walk(const Flat<T>& flat, T* const (&slots)[N], double factor, const Rule& rule)
+{
+    struct Settings {
+        T lr, decay, keep;
+        bool frozen;
+    };
+    __shared__ Settings settings[TILE / RUN];
+    i64 tiles = flat.n_models * tiles_of(flat.size);
+    for (i64 index = blockIdx.x; index < tiles; index += gridDim.x) {
+        Tile tile = tile_at(index, flat.n_models, flat.size);
+        __syncthreads(); // the settings of the tile before have been read
+        if (threadIdx.x < tile.count / RUN) {
+            const double* scales = flat.table + 2 * flat.groups[tile.run + threadIdx.x];
+            double lr = flat.rates[flat.counters[1]] * scales[0];
+            settings[threadIdx.x] = {T(lr * factor), T(flat.decay * scales[1]),
+                                     T(1 - lr * flat.shrink * scales[1]), scales[0] == 0};
+        }
+        __syncthreads();
+        T scale = flat.scale ? flat.scale[tile.model] : T(1);
+        for (int i = threadIdx.x * V; i < tile.count; i += THREADS * V) {
+            Settings here = settings[i / RUN];
+            if (here.frozen) continue; // 0 * NaN would change it
+            i64 place = tile.start + i;
+            Few<T, V>* value = (Few<T, V>*)(flat.value + place);
+            Few<T, V> w = *value, grad = *(const Few<T, V>*)(flat.grad + place), state[N] = {};
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                if (slots[j]) state[j] = *(Few<T, V>*)(slots[j] + place);
+            }
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+                T s[N], g = grad.at[k] * scale;
+#pragma unroll
+                for (int j = 0; j < N; ++j) s[j] = state[j].at[k];
+                w.at[k] *= here.keep;
+                if (here.decay != 0) g += here.decay * w.at[k]; // 0 * inf must not reach g
+                rule(w.at[k], g, s, here.lr);
+#pragma unroll
+                for (int j = 0; j < N; ++j) state[j].at[k] = s[j];
+            }
+            *value = w;
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                if (slots[j]) *(Few<T, V>*)(slots[j] + place) = state[j];
+            }
+        }
+    }
+}
+
+template <typename T, int N, typename Rule>
+__device__ void update(const Flat<T>& flat, T* const (&slots)[N], double factor, const Rule& rule)
+{
+    bool wide = aligned(flat.value) && aligned(flat.grad);
+    for (T* slot : slots) wide = wide && aligned(slot);
+    if (wide) walk<16 / sizeof(T)>(flat, slots, factor, rule);
+    else walk<1>(flat, slots, factor, rule);
+    advance(flat);
+}
+
+// u = momentum * u + g; w -= lr * u, or with Nesterov lr * (g + momentum * u).
+template <typename T> struct Sgd {
+    T momentum;
+    bool heavy, nesterov; // heavy: there is a velocity
+
+    __device__ void operator()(T& w, T g, T* s, T lr) const
+    {
+        T step = g;
+        if (heavy) {
+            s[0] = momentum * s[0] + g;
+            step = nesterov ? g + momentum * s[0] : s[0];
+        }
+        w -= lr * step;
+    }
+};
+
+// m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; w -= lr * m / (sqrt(v) / root + eps)
+// with lr / (1 - beta1^t) and root = sqrt(1 - beta2^t), t = counters[0] + 1; AMSGrad keeps the
+// largest v and takes its root.
+template <typename T> struct Adam {
+    T beta1, rest1, beta2, rest2, root, eps;
+    bool amsgrad;
+
+    __device__ void operator()(T& w, T g, T* s, T lr) const
+    {
+        s[0] = beta1 * s[0] + rest1 * g;
+        s[1] = beta2 * s[1] + rest2 * (g * g);
+        if (amsgrad && (s[1] > s[2] || s[1] != s[1])) s[2] = s[1];
+        T v = amsgrad ? s[2] : s[1];
+        w -= lr * (s[0] / (sqrt(v) / root + eps));
+    }
+};
+
+template <typename T>
+__device__ void adam(const Flat<T>& flat, T* m, T* v, T* v_max, double beta1, double beta2,
+                     double eps)
+{
+    __shared__ double correction[2]; // 1 - beta1^t and sqrt(1 - beta2^t)
+    if (threadIdx.x < 2) {
+        double left = 1 - pow(threadIdx.x ? beta2 : beta1, (double)(flat.counters[0] + 1));
+        correction[threadIdx.x] = threadIdx.x ? sqrt(left) : 1 / left;
+    }
+    __syncthreads();
+    Adam<T> rule = {T(beta1), T(1 - beta1), T(beta2), T(1 - beta2), T(correction[1]), T(eps),
+                    v_max != 0};
+    update(flat, {m, v, v_max}, correction[0], rule);
+}
+
+// s = s + g^2; w -= lr / (1 + t lr_decay) * g / (sqrt(s + initial) + eps), t = counters[0].
+template <typename T> struct AdaGrad {
+    T initial, eps;
+
+    __device__ void operator()(T& w, T g, T* s, T lr) const
+    {
+        s[0] += g * g;
+        w -= lr * (g / (sqrt(s[0] + initial) + eps));
+    }
+};
+
+// v = alpha v + (1 - alpha) g^2; d = g / (sqrt(v) + eps); w -= lr * d. Centered,
+// m = alpha m + (1 - alpha) g, and max(v - m^2, 0) is under the root. With momentum,
+// u = momentum * u + d and w -= lr * u. The state is (v, m, u).
+template <typename T> struct RmsProp {
+    T alpha, rest, eps, momentum;
+    bool centered, heavy;
+
+    __device__ void operator()(T& w, T g, T* s, T lr) const
+    {
+        s[0] = alpha * s[0] + rest * (g * g);
+        T square = s[0];
+        if (centered) {
+            s[1] = alpha * s[1] + rest * g;
+            square -= s[1] * s[1];
+            if (square < 0) square = 0; // NaN stays
+        }
+        T step = g / (sqrt(square) + eps);
+        if (heavy) step = s[2] = momentum * s[2] + step;
+        w -= lr * step;
+    }
+};
+
+template <typename T> __device__ inline T sign(T x) { return x != x ? x : T((x > 0) - (x < 0)); }
+
+// w -= lr * sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g.
+template <typename T> struct Lion {
+    T beta1, rest1, beta2, rest2;
+
+    __device__ void operator()(T& w, T g, T* s, T lr) const
+    {
+        w -= lr * sign(beta1 * s[0] + rest1 * g);
+        s[0] = beta2 * s[0] + rest2 * g;
+    }
+};
+
+// grad += l1 * sign(value) + l2 * value, each times the group's factor; grad limited to
+// [-clip_value, clip_value]; scale[k] = min(1, clip_norm / (|grad of model k| + 1e-6)). A number
+// that is 0 is off. The block that finishes the last tile of a model adds up its squares, from
+// `partial`, a double per tile; each model has a ticket.
+template <int V, typename T>
+__device__ void condition(T* grad, T* scale, double* partial, u32* ticket, const T* value,
+                          const u8* groups, const double* table, double l1, double l2,
+                          double clip_value, double clip_norm, i64 n_models, i64 size)
+{
+    struct Settings {
+        T l1, l2;
+        bool frozen;
+    };
+    __shared__ Settings settings[TILE / RUN];
+    bool penalized = l1 != 0 || l2 != 0;
+    T limit = T(clip_value);
+    i64 per_model = tiles_of(size);
+    for (i64 index = blockIdx.x; index < n_models * per_model; index += gridDim.x) {
+        Tile tile = tile_at(index, n_models, size);
+        __syncthreads(); // the settings of the tile before have been read
+        if (threadIdx.x < tile.count / RUN) {
+            const double* scales = table + 2 * groups[tile.run + threadIdx.x];
+            settings[threadIdx.x] = {T(l1 * scales[1]), T(l2 * scales[1]), scales[0] == 0};
+        }
+        __syncthreads();
+        double sum = 0;
+        for (int i = threadIdx.x * V; i < tile.count; i += THREADS * V) {
+            Settings here = settings[i / RUN];
+            if (here.frozen) continue;
+            Few<T, V>* place = (Few<T, V>*)(grad + tile.start + i);
+            Few<T, V> g = *place, w = {};
+            if (penalized) w = *(const Few<T, V>*)(value + tile.start + i);
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+                T x = g.at[k];
+                if (here.l1 != 0) x += here.l1 * sign(w.at[k]); // 0 * inf is NaN
+                if (here.l2 != 0) x += here.l2 * w.at[k];
+                if (limit != 0) x = x > limit ? limit : x < -limit ? -limit : x; // NaN stays
+                sum += double(x) * double(x);
+                g.at[k] = x;
+            }
+            if (penalized || limit != 0) *place = g;
+        }
+        if (clip_norm == 0) continue;
+        sum = block_sum(sum);
+        if (threadIdx.x == 0) partial[index] = sum;
+        if (!last_block(ticket + tile.model, per_model)) continue;
+        sum = 0;
+        for (i64 j = threadIdx.x; j < per_model; j += THREADS) {
+            sum += read_shared(partial + tile.model * per_model + j);
+        }
+        sum = block_sum(sum);
+        double factor = clip_norm / (sqrt(sum) + 1e-6);
+        if (threadIdx.x == 0) scale[tile.model] = T(factor > 1 ? 1 : factor); // NaN stays
+    }
+}
+
+#define FLAT(T)                                                                                   \
+    T *value, T *log, i64 *counters, u32 *ticket, const T *grad, const T *scale, const T *loss,   \
+        const double *rates, const u8 *groups, const double *table, double decay, double shrink,  \
+        i64 n_models, i64 size
+#define FLAT_ARGUMENTS                                                                            \
+    {value, log, counters, ticket, grad, scale, loss, rates, groups, table, decay, shrink,        \
+     n_models, size}
 
 #define INSTANTIATE(T, S)                                                                         \
-    extern "C" __global__ void sgd_##S(T* value, T* velocity, T* log, i64* counters, u32* ticket, \
-                                       const T* grad, const T* loss, const double* rates,         \
-                                       const u8* groups, const double* table, double momentum,    \
-                                       i64 nesterov, double decay, i64 n_models, i64 size)        \
+    extern "C" __global__ void sgd_##S(FLAT(T), T* velocity, double momentum, i64 nesterov)       \
     {                                                                                             \
-        sgd(value, velocity, log, counters, ticket, grad, loss, rates, groups, table, momentum,   \
-            nesterov, decay, n_models, size);                                                     \
+        Flat<T> flat = FLAT_ARGUMENTS;                                                            \
+        Sgd<T> rule = {T(momentum), velocity != 0, nesterov != 0};                                \
+        update(flat, {velocity}, 1, rule);                                                        \
     }                                                                                             \
-    extern "C" __global__ void adam_##S(T* value, T* m, T* v, T* log, i64* counters, u32* ticket, \
-                                        const T* grad, const T* loss, const double* rates,        \
-                                        const u8* groups, const double* table, double beta1,      \
-                                        double beta2, double eps, double decay, i64 n_models,     \
-                                        i64 size)                                                 \
+    extern "C" __global__ void adam_##S(FLAT(T), T* m, T* v, T* v_max, double beta1,              \
+                                        double beta2, double eps)                                 \
     {                                                                                             \
-        adam(value, m, v, log, counters, ticket, grad, loss, rates, groups, table, beta1, beta2,  \
-             eps, decay, n_models, size);                                                         \
+        Flat<T> flat = FLAT_ARGUMENTS;                                                            \
+        adam(flat, m, v, v_max, beta1, beta2, eps);                                               \
+    }                                                                                             \
+    extern "C" __global__ void adagrad_##S(FLAT(T), T* sum, double lr_decay, double initial,      \
+                                           double eps)                                            \
+    {                                                                                             \
+        Flat<T> flat = FLAT_ARGUMENTS;                                                            \
+        AdaGrad<T> rule = {T(initial), T(eps)};                                                   \
+        update(flat, {sum}, 1 / (1 + counters[0] * lr_decay), rule);                              \
+    }                                                                                             \
+    extern "C" __global__ void rmsprop_##S(FLAT(T), T* v, T* m, T* velocity, double alpha,        \
+                                           double eps, double momentum)                           \
+    {                                                                                             \
+        Flat<T> flat = FLAT_ARGUMENTS;                                                            \
+        RmsProp<T> rule = {T(alpha), T(1 - alpha), T(eps), T(momentum), m != 0, velocity != 0};   \
+        update(flat, {v, m, velocity}, 1, rule);                                                  \
+    }                                                                                             \
+    extern "C" __global__ void lion_##S(FLAT(T), T* m, double beta1, double beta2)                \
+    {                                                                                             \
+        Flat<T> flat = FLAT_ARGUMENTS;                                                            \
+        Lion<T> rule = {T(beta1), T(1 - beta1), T(beta2), T(1 - beta2)};                          \
+        update(flat, {m}, 1, rule);                                                               \
+    }                                                                                             \
+    extern "C" __global__ void condition_##S(                                                     \
+        T* grad, T* scale, double* partial, u32* ticket, const T* value, const u8* groups,        \
+        const double* table, double l1, double l2, double clip_value, double clip_norm,           \
+        i64 n_models, i64 size)                                                                   \
+    {                                                                                             \
+        if (aligned(grad) && aligned(value)) {                                                    \
+            condition<16 / sizeof(T)>(grad, scale, partial, ticket, value, groups, table, l1, l2, \
+                                      clip_value, clip_norm, n_models, size);                     \
+        } else {                                                                                  \
+            condition<1>(grad, scale, partial, ticket, value, groups, table, l1, l2, clip_value,  \
+                         clip_norm, n_models, size);                                              \
+        }                                                                                         \
     }
 INSTANTIATE(float, f32)
 INSTANTIATE(double, f64)
