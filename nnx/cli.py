@@ -1,4 +1,4 @@
-"""The command `nnx`: train, evaluate, predict, check, info.
+"""The command `nnx`: train, evaluate, predict, check, bench, info.
 
 Whatever a command reads or checks runs inside `_input_errors`, which turns the library's errors
 into one line and exit status 2. Nothing else is caught: a mistake of ours ends in a traceback.
@@ -785,6 +785,98 @@ def _model_in_file(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     return {"model": model, "loss": loss, "optimizer": nnx.Adam(), "x": x, "t": t}
 
 
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from nnx import bench
+
+    with _input_errors():
+        backend = _backend(args, args.backend)
+        if args.json not in (None, "-"):
+            Path(args.json).open("a").close()  # better to learn now that it can't be written
+    smoke = os.environ.get("NNX_BENCH_SMOKE") == "1"
+    place = bench.Place(backend, np.dtype(args.dtype), smoke)
+    cases = bench.cases(args.only)
+    settings = {
+        "backend": backend.name,
+        "dtype": args.dtype,
+        "seconds": args.seconds,
+        "sections": args.only,
+        "smoke": smoke,
+    }
+    machine = {
+        "versions": {"python": platform.python_version()}
+        | _versions(*dict.fromkeys(("numpy", backend.xp.__name__))),
+        "platform": platform.platform(),
+        "cpus": {"usable": _usable_cpus(), "all": os.cpu_count()},
+        "blas": _blas(),
+        **bench.describe(backend),
+    }
+    table = bench.Table(cases, device="device" in machine)
+    rows: list[bench.Row] = []
+
+    def show(*lines: str) -> None:
+        if args.json != "-":
+            print(*lines, sep="\n", flush=True)
+
+    show(*bench.heading(settings, machine))
+    try:
+        for i, case in enumerate(cases):
+            with _passing(f"{i + 1} of {len(cases)}: {case.name}"):
+                row = bench.measure(case, place, args.seconds, strict=args.debug)
+            rows.append(row)
+            show(*table.lines(row))
+    except KeyboardInterrupt as error:
+        raise CliError(f"interrupted after {len(rows)} of {len(cases)} rows", 130) from error
+    finally:
+        if args.json is not None:  # whatever ended it: what there is
+            done = {"complete": len(rows) == len(cases), "rows": [row.to_json() for row in rows]}
+            text = json.dumps({"settings": settings, "machine": machine, **done}, indent=2)
+            if args.json == "-":
+                print(text)
+            else:
+                Path(args.json).write_text(text + "\n", "utf-8")
+    show("", bench.NOTES, *([bench.DEVICE_NOTES] if "device" in machine else []))
+    for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):
+        _warn(args, f"warning: {warning}")
+    failed = [row.name for row in rows if row.failed]
+    if failed:
+        raise CliError(f"{len(failed)} rows failed: {'; '.join(failed)} (see with --debug)", 1)
+
+
+@contextlib.contextmanager
+def _passing(text: str) -> Iterator[None]:
+    """Show what is being done while it is, if somebody is watching."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    try:
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        yield
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _sections(text: str) -> list[str]:
+    from nnx.bench import SECTIONS
+
+    names = [name for name in text.split(",") if name]
+    if not names or not set(names) <= set(SECTIONS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
+    return names
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return seconds
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 _PACKAGES = ("numpy", "safetensors", "tqdm", "cupy", "matplotlib", "pyarrow", "pooch")
@@ -951,6 +1043,7 @@ _EXAMPLES = {
   nnx evaluate runs/digits-0001                 measure the model on its test set
   nnx predict runs/iris-0001 --data new.csv     classify new samples
   nnx check --backend cupy                      is this GPU right?
+  nnx bench --backend cupy                      how fast it is here
   nnx info                                      versions, devices, threads""",
     "train": """
   nnx train
@@ -976,6 +1069,15 @@ run.toml holds what the flags can say; flags win over it. Paths are relative to 
   nnx check runs/digits-0001 --backend cupy   the model of a run, on its own data
   nnx check model.safetensors --data iris.csv --steps 200
   nnx check --backend cupy:1 --json report.json""",
+    "bench": """
+  nnx bench                                     training steps and what they are made of, on NumPy
+  nnx bench --backend cupy                      on a GPU; each step eager and as a CUDA graph
+  nnx bench --only steps,kernels --dtype float64
+  nnx bench --seconds 5 --json bench.json       longer, with a file of every figure
+
+A row's time is a median; beside each step stand its matrix products alone, which take turns with
+it. Close other programs first, and compare what ran side by side.
+OPENBLAS_NUM_THREADS=1 sets the threads of NumPy's products, where its BLAS is OpenBLAS.""",
     "info": """
   nnx info
   nnx info --json""",
@@ -1061,6 +1163,33 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="-",
         help="write JSON, too; to the standard output instead of the table without PATH or for -",
+    )
+    bench = add(_bench, "time training steps, operations, products and predictions on this machine")
+    bench.add_argument("--backend", metavar="NAME", help=_OPTIONS["backend"].metadata["help"])
+    bench.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)"
+    )
+    bench.add_argument(
+        "--only",
+        metavar="WHAT,...",
+        type=_sections,
+        default="steps,kernels,products,predict",
+        help="steps, kernels, products, predict (default: all)",
+    )
+    bench.add_argument(
+        "--seconds",
+        metavar="S",
+        type=_duration,
+        default=1.0,
+        help="time for each row; 0 for a single call (default: 1)",
+    )
+    bench.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="write every figure as JSON, to standard output instead of the table if there "
+        "is no FILE",
     )
 
     info = add(_info, "show versions, backends, devices and threads")

@@ -1012,7 +1012,7 @@ def test_version(run: Nnx) -> None:
     assert run("--version").out == f"nnx {nnx.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "info"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "bench", "info"])
 def test_help_has_examples_that_parse(run: Nnx, command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.status == 0

@@ -24,8 +24,8 @@ BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Public, and no function to derive: base classes and what a step is made of.
 WITHOUT_DERIVATION = {"Layer", "Loss", "Step"}
-# Public, and no module to import: its page is guide/command-line.md.
-WITHOUT_REFERENCE = {"cli"}
+# Public, and no modules to import: their page is guide/command-line.md.
+WITHOUT_REFERENCE = {"bench", "cli"}
 # Pages that may do without code that runs.
 WITHOUT_CODE = re.compile(r"api/|changelog|index\.md|guide/(install|command-line)\.md|gpu\.md")
 
@@ -170,7 +170,7 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(site: Path) -> N
 
 def test_the_command_line_page_holds_every_command_s_help(site: Path) -> None:
     page = (site / "guide/command-line.html").read_text(encoding="utf-8")
-    for command in ("nnx", "nnx train", "nnx evaluate", "nnx predict", "nnx info"):
+    for command in ("nnx", "nnx train", "nnx evaluate", "nnx predict", "nnx bench", "nnx info"):
         assert f"usage: {command} " in page
     assert "help of every command" not in page
 
