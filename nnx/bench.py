@@ -666,6 +666,8 @@ def heading(settings: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
     versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
     yield f"versions  {', '.join(versions)}"
     load = f", load {machine['load']}" if "load" in machine else ""
+    if machine.get("load", 0) >= cpus["usable"]:
+        load += ": others are at work, so times are rough"
     yield f"CPU       {machine['cpu']}, {cpus['usable']} usable of {cpus['all']}{load}"
     threads = f"threads: {blas['threads']} (by {blas['threads_by']})"
     yield f"BLAS      {blas['name']} {blas['version']}, {threads}"

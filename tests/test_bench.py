@@ -228,6 +228,23 @@ def _reading(host: float | None, device: float | None) -> Reading:
     return Reading("nnx", 7, Summary.of([2e-3]), one, two, 4e6, "bytes", None, None)
 
 
+@pytest.mark.parametrize(("unit", "rate"), [("samples", 2.5), ("bytes", 5.0), ("FLOP", 5.0)])
+def test_bytes_and_flops_go_by_the_clock_of_the_device_and_samples_by_ours(
+    unit: str, rate: float
+) -> None:
+    times, clocks = [[4.0], [3.0]], [[(1.0, 2.0)], [(6.0, 8.0)]]
+    ratios = bench._ratios(0, 1, times, clocks)
+    assert [r and r.median for r in ratios] == [4 / 3, 2 / 8]
+    assert bench._ratios(1, 1, times, clocks) == bench._ratios(0, None, times, clocks)
+    wall, device = bench._ratios(0, 1, times, [clocks[0], []])  # a baseline that waits
+    assert (wall, device) == (ratios[0], None)
+    variant = Variant("a", int, 10, unit)
+    found = bench._reading(variant, 7, times[0], clocks[0], *ratios)
+    assert found.host == Summary.of([1.0])
+    assert found.device == Summary.of([2.0])
+    assert (found.rate, found.calls, found.unit) == (rate, 7, unit)
+
+
 def test_the_longer_side_bounds_a_call() -> None:
     assert _reading(2.0, 1.0).bound == "host"
     assert _reading(1.0, 2.0).bound == "device"
@@ -346,3 +363,5 @@ def test_the_description_says_where(backend: Backend) -> None:
     assert lines[2] == "BLAS      blas 1, threads: 3 (by magic)"
     assert lines[-1] == "measured  float32 on b, 0.5 s a row"
     assert len(lines) == 4 + 2 * (backend.xp is not np)
+    assert "others are at work" not in list(bench.heading(settings, machine | {"load": 1.9}))[1]
+    assert "others are at work" in list(bench.heading(settings, machine | {"load": 2.0}))[1]

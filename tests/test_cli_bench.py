@@ -109,6 +109,7 @@ def test_json_goes_into_a_file_beside_the_table(run: Callable[..., Output]) -> N
         (("--only", ""), "expected some of"),
         (("--seconds", "-1"), "expected a number of seconds, got '-1'"),
         (("--seconds", "nan"), "expected a number of seconds, got 'nan'"),
+        (("--seconds", "inf"), "expected a number of seconds, got 'inf'"),
         (("--seconds", "long"), "expected a number of seconds"),
         (("--dtype", "float16"), "invalid choice: 'float16'"),
         (("--backend", "tpu"), "unknown backend 'tpu'"),
