@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _NUMPY = NumpyBackend()
+_CUPY: dict[int, Backend] = {}  # by device, those that arrays were found on
 
 
 def get_backend(name: str) -> Backend:
@@ -126,7 +127,10 @@ def _backend_of_one(array: Array) -> Backend:
         return _NUMPY
     cupy = sys.modules.get("cupy")  # an array of CuPy can only exist once CuPy was imported
     if cupy is not None and isinstance(array, cupy.ndarray):
-        return _cupy_backend(array.device.id)
+        device = array.data.device_id
+        if device not in _CUPY:
+            _CUPY[device] = _cupy_backend(device)
+        return _CUPY[device]
     kind = type(array)
     raise TypeError(
         f"backend_of: expected a NumPy or CuPy array, got {kind.__module__}.{kind.__qualname__}; "

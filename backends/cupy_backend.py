@@ -17,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from nnx.backends.base import (
     check_operands,
 )
 from nnx.backends.cublas import Cublas, CublasError, plan
+from nnx.backends.cupy_step import CupyFeeder, CupyGraph, CupyStepState
 from nnx.backends.philox import drop_threshold
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -116,8 +117,30 @@ _DTYPES = {
     "i64": np.dtype(np.int64),
     "f64": np.dtype(np.float64),
 }
-_SCALARS: dict[str, Any] = {"int": np.int64, "uint": np.uint64, "float": np.float64}
+# CuPy passes an int as long long and a float as double, but a bool as bool
+_SCALARS: dict[str, Callable[[Any], Any]] = {"int": int, "uint": np.uint64, "float": float}
 _SUFFIX = {np.dtype(np.float32): "_f32", np.dtype(np.float64): "_f64"}
+
+
+class _Parameter(NamedTuple):
+    """A parameter of a kernel, as `_KERNELS` spells it."""
+
+    scalar: Callable[[Any], Any] | None  # what makes a number of it; None for an array
+    dtype: Any  # None for any
+    written: bool
+    optional: bool
+    rows: bool
+
+
+def _parameter(kind: str, dtype: Any) -> _Parameter:
+    plain = kind.strip("=?*")
+    return _Parameter(
+        _SCALARS.get(plain),
+        dtype if plain == "T" else _DTYPES.get(plain),
+        kind.startswith("="),
+        kind.endswith("?"),
+        kind.endswith("*"),
+    )
 
 
 def source(name: str) -> str:
@@ -126,120 +149,6 @@ def source(name: str) -> str:
     return "".join(
         f'#line 1 "{part}"\n{folder.joinpath(part).read_text()}' for part in ("common.cuh", name)
     )
-
-
-class CupyStepState(StepState):
-    """A `StepState` whose numbers are on the device too, where the kernels read them.
-
-    `plan` copies from pinned memory on the current stream, so it waits for nothing, and to where
-    the last plan was if the sizes are the same: a captured step finds the new one there.
-    """
-
-    backend: CupyBackend
-
-    def __init__(self, backend: CupyBackend) -> None:
-        super().__init__(backend)
-        xp = backend.xp
-        self.counters = xp.zeros(2, np.int64)
-        self.device_rates = xp.zeros(0, np.float64)
-
-    def plan(
-        self,
-        rates: np.ndarray,
-        *,
-        dtype: Any,
-        n_models: int | None = None,
-        order: np.ndarray | None = None,
-        fresh_log: bool = True,
-    ) -> None:
-        """As in `StepState`, and on the device."""
-        there = self.order
-        self.rewind()
-        self.counters = self._upload(np.array([self.number, 0]), self.counters)
-        self.device_rates = self._upload(rates, self.device_rates)
-        if order is not None:
-            there = self._upload(order.astype(np.int64, copy=False), there)
-        super().plan(rates, dtype=dtype, n_models=n_models, fresh_log=fresh_log)
-        self.order, self.host_order = there, order
-
-    def set_rates(self, rates: np.ndarray) -> None:
-        """As in `StepState`, and on the device."""
-        super().set_rates(rates)
-        self.device_rates = self._upload(rates, self.device_rates)
-
-    def advance(self, loss: Array | None) -> None:
-        """As in `StepState`, on the device too; for optimizers that have no kernel."""
-        super().advance(loss)
-        self.counters += 1
-
-    def _upload(self, host: np.ndarray, out: Array | None) -> Array:
-        """Copy `host` to `out` if that has its shape, else to a new array; returns it."""
-        if out is None or out.shape != host.shape:
-            out = self.backend.xp.empty(host.shape, host.dtype)
-        self.backend.upload(host, out)
-        return out
-
-
-class CupyGraph:
-    """A captured step, and the memory that it uses beside the trainer's."""
-
-    def __init__(self, graph: Any, pool: Any) -> None:
-        self._graph, self._pool = graph, pool
-
-    def launch(self) -> None:
-        """Replay on the current stream."""
-        self._graph.launch()
-
-
-class CupyFeeder:
-    """Two batches under way: the next is gathered and copied while the device works on the last.
-
-    Each of two slots has pinned memory and device arrays. The copy runs on a stream of its own. It
-    waits, on the device, until the step that used the slot is over; the step waits until the copy
-    is. The host waits only for pinned memory that is still being read: when it is two batches
-    ahead.
-    """
-
-    def __init__(self, backend: CupyBackend, sources: Sequence[np.ndarray], rows: int) -> None:
-        self._backend, self._sources = backend, sources
-        self._stream = backend.xp.cuda.Stream(non_blocking=True)
-        self._slots = [_Slot(backend, sources, rows) for _ in range(2)]
-
-    def send(self, index: np.ndarray) -> list[Array]:
-        """These rows of each source, on the device until the next but one call."""
-        last, slot = self._slots
-        self._slots = [slot, last]
-        current = self._backend.xp.cuda.get_current_stream()
-        last.used.record(current)
-        if not slot.copied.done:
-            slot.copied.synchronize()
-        n = len(index)
-        for source, host in zip(self._sources, slot.hosts, strict=True):
-            # "clip" clips nothing, the indices are valid; "raise" would gather into a buffer first
-            np.take(source, index, axis=0, out=host[:n], mode="clip")
-        self._stream.wait_event(slot.used)
-        for host, there in zip(slot.hosts, slot.there, strict=True):
-            there[:n].set(host[:n], stream=self._stream)
-        slot.copied.record(self._stream)
-        current.wait_event(slot.copied)
-        self._backend.hold(slot.copied, slot.hosts)
-        return [there[:n] for there in slot.there]
-
-
-class _Slot:
-    """Room for one batch on both sides, and how far the work on it has come."""
-
-    def __init__(self, backend: CupyBackend, sources: Sequence[np.ndarray], rows: int) -> None:
-        import cupyx
-
-        shapes = [(min(rows, len(a)), *a.shape[1:]) for a in sources]
-        kinds = [a.dtype for a in sources]
-        both = list(zip(shapes, kinds, strict=True))
-        self.hosts = [cupyx.empty_pinned(shape, kind) for shape, kind in both]
-        self.there = [backend.xp.empty(shape, kind) for shape, kind in both]
-        self.copied = backend.xp.cuda.Event(disable_timing=True)
-        self.used = backend.xp.cuda.Event(disable_timing=True)
-        self.used.record()  # by whoever had the device's memory before
 
 
 def _by_kernel(file: str) -> Callable[[Operation], Operation]:
@@ -275,6 +184,7 @@ class CupyBackend(XpBackend):
         self.device = device
         self._tickets: dict[Any, list[Array]] = {}
         self._handles: dict[Any, Cublas | None] = {}
+        self._kernels: dict[tuple[str, Any], tuple[Any, tuple[_Parameter, ...]]] = {}
         self._plain: set[str] = set()  # expressions that don't compile
         self._staged: deque[tuple[Any, Any]] = deque()
 
@@ -352,7 +262,9 @@ class CupyBackend(XpBackend):
         number, now, stream = state.number, cuda.get_current_stream(), self._capture_stream
         pool, graph = cuda.MemoryPool(), None
         with stream:
-            self._cublas()  # handle and tickets can't be made while a capture runs
+            if self._stream() not in self._handles:  # handles aren't made, nor used first, in one
+                one = self.xp.ones((1, 1), np.float32)
+                self.gemm(one, one, self.xp.empty_like(one))
             self._ticket(max((t[-1].size for t in self._tickets.values() if t), default=1))
             stream.wait_event(now.record())
             stream.begin_capture()
@@ -412,29 +324,41 @@ class CupyBackend(XpBackend):
             ValueError: An array has another size, is on another device, or is an output that
                 isn't contiguous.
         """
-        file, signature = _KERNELS[name]
+        prepared = self._kernels.get((name, dtype))
+        if prepared is None:
+            prepared = self._kernels[name, dtype] = self._prepare(name, dtype)
+        kernel, parameters = prepared
         call: list[Any] = []
-        for kind, argument in zip(_split(signature), arguments, strict=True):
-            scalar = _SCALARS.get(kind)
-            if scalar is not None:
-                call.append(scalar(argument))
-            elif argument is None and kind.endswith("?"):
-                call.append(np.int64(0))
+        for parameter, argument in zip(parameters, arguments, strict=True):
+            if parameter.scalar is not None:
+                call.append(parameter.scalar(argument))
+            elif argument is None and parameter.optional:
+                call.append(0)
             else:
-                array = self._checked(name, kind, dtype, *argument)
+                array, size = argument
+                if not (
+                    array.dtype == (parameter.dtype or array.dtype)
+                    and array.size == size
+                    and array.data.device_id == self.device
+                    and array.flags.c_contiguous
+                ):
+                    array = self._fitted(name, parameter, array, size)
                 call.append(array)
-                if kind.endswith("*"):
-                    row = array.strides[0] // array.itemsize if array.ndim > 1 else 0
-                    call.append(np.int64(row))
-        threads = items * lanes
-        grid = min(-(-threads // THREADS), 32 * self._multiprocessors)
-        suffix = _SUFFIX[dtype] if dtype is not None else ""
-        kernel = self._kernel(file, name + suffix)
+                if parameter.rows:
+                    call.append(array.strides[0] // array.itemsize if array.ndim > 1 else 0)
+        grid = min(-(-items * lanes // THREADS), 32 * self._multiprocessors)
         kernel((grid,), (THREADS,), tuple(call), shared_mem=shared)
 
-    def _checked(self, name: str, kind: str, dtype: Any, array: Array, size: int) -> Array:
-        plain = kind.strip("=?*")
-        expected = dtype if plain == "T" else _DTYPES.get(plain, array.dtype)
+    def _prepare(self, name: str, dtype: Any) -> tuple[Any, tuple[_Parameter, ...]]:
+        """The kernel of an operation for a dtype, and its parameters."""
+        file, signature = _KERNELS[name]
+        suffix = "" if dtype is None else _SUFFIX[dtype]
+        kernel = _load(self.device, file).get_function(name + suffix)
+        return kernel, tuple(_parameter(kind, dtype) for kind in signature.split())
+
+    def _fitted(self, name: str, parameter: _Parameter, array: Array, size: int) -> Array:
+        """An array that the kernel can read, of one that isn't as it should be; or an error."""
+        expected = parameter.dtype or array.dtype
         if array.dtype != expected:
             raise TypeError(f"{name}: expected an array of {expected}, got {array.dtype}")
         if array.size != size:
@@ -443,20 +367,15 @@ class CupyBackend(XpBackend):
             raise ValueError(
                 f"{name}: expected an array on device {self.device}, got one on {array.device.id}"
             )
-        if array.flags.c_contiguous or (
-            kind.endswith("*") and array.ndim == 2 and array.strides[1] == array.itemsize
-        ):
+        if parameter.rows and array.ndim == 2 and array.strides[1] == array.itemsize:
             return array
-        if kind.startswith("="):
+        if parameter.written:
             raise ValueError(f"{name}: expected a contiguous output, got strides {array.strides}")
         return self.xp.ascontiguousarray(array)
 
     @functools.cached_property
     def _multiprocessors(self) -> int:
         return int(self.xp.cuda.Device(self.device).attributes["MultiProcessorCount"])
-
-    def _kernel(self, file: str, name: str) -> Any:
-        return _load(self.device, file).get_function(name)
 
     def _ticket(self, n: int = 1) -> Array:
         """`n` words by which blocks of a kernel find out who is last: 0 before and after a launch.
@@ -1288,11 +1207,6 @@ def _tiles(value: Array) -> int:
     """
     n_models, size = value.shape
     return int(max(n_models * -(-size // 2048), 1))
-
-
-@functools.cache
-def _split(signature: str) -> tuple[str, ...]:
-    return tuple(signature.split())
 
 
 @functools.cache

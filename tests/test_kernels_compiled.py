@@ -24,7 +24,7 @@ def c_type(kind: str, dtype: Any) -> str:
     """What a parameter of `_KERNELS` is in C; behind rows ("*") their distance is handed over."""
     plain = kind.strip("=?*")
     if plain in _SCALARS:
-        return C_NAMES[np.dtype(_SCALARS[plain])]
+        return {"int": "i64", "uint": "u64", "float": "double"}[plain]
     array = "void" if plain == "any" else C_NAMES[dtype if plain == "T" else _DTYPES[plain]]
     constant = "" if kind.startswith("=") else "const "
     return f"{constant}{array}*{', i64' if kind.endswith('*') else ''}"

@@ -24,15 +24,18 @@ MODULES = sorted([*(ROOT / "nnx").rglob("*.py"), *(ROOT / "backends").glob("*.py
 NOT_CORE = {"bench.py", "check", "cli.py", "cuda_versions.py", "data", "plot.py"}
 
 # Lines of code without comments and docstrings. The spine is what somebody must read who wants to
-# know how it works, in one sitting: arrays, layers and containers, parameters, the step, files. It
-# was 2,401 when this was written. A catalogue is many entries of one kind, of which one reads the
-# one at hand: an entry more is no harder to read, a spine that grows is.
+# know how it works, in one sitting: arrays, layers and containers, parameters, the step, files. A
+# catalogue is many entries of one kind, of which one reads the one at hand: an entry more is no
+# harder to read, a spine that grows is. The device is what a GPU adds, for a second sitting: nobody
+# needs it to understand what is computed, since every body in it has its definition in the spine.
 CATALOGUES = {
     *("activations.py", "normalization.py", "initializers.py", "losses.py", "optimizers.py"),
     *("schedules.py", "callbacks.py", "metrics.py"),
 }
+DEVICE = {"_graphs.py", "cublas.py", "cupy_backend.py", "cupy_step.py"}
 SPINE_BUDGET = 2_700
 CATALOGUE_BUDGET = 2_200
+DEVICE_BUDGET = 1_400
 
 # Everything that is imported when it is first used, and not before.
 ON_DEMAND = {
@@ -150,10 +153,12 @@ def test_a_reader_finishes_the_core_in_one_sitting() -> None:
     lines = {str(path.relative_to(ROOT)): _code_lines(path) for path in core}
     assert "nnx/trainer.py" in lines
     assert "backends/base.py" in lines
-    entries = {name: n for name, n in lines.items() if Path(name).name in CATALOGUES}
-    assert len(entries) == len(CATALOGUES)
-    assert sum(entries.values()) <= CATALOGUE_BUDGET, entries
-    assert sum(lines.values()) - sum(entries.values()) <= SPINE_BUDGET, lines
+    rest = dict(lines)
+    for names, budget in ((CATALOGUES, CATALOGUE_BUDGET), (DEVICE, DEVICE_BUDGET)):
+        part = {name: rest.pop(name) for name in lines if Path(name).name in names}
+        assert len(part) == len(names)
+        assert sum(part.values()) <= budget, part
+    assert sum(rest.values()) <= SPINE_BUDGET, rest
 
 
 # ---- the README ------------------------------------------------------------------------------
