@@ -41,8 +41,9 @@ class CublasError(RuntimeError):
 
 
 def tf32() -> bool:
-    """Whether float32 products may round their factors to 10 bits: CuPy's `CUPY_TF32=1` asks."""
-    return os.environ.get("CUPY_TF32", "0") == "1"
+    """Whether float32 products may round their factors to 10 bits: CuPy's `CUPY_TF32`."""
+    asked = os.environ.get("CUPY_TF32", "").strip()
+    return asked.isdecimal() and int(asked) > 0
 
 
 class Plan(NamedTuple):

@@ -38,6 +38,7 @@ from nnx.backends import (
     get_backend,
     resolve,
 )
+from nnx.backends.cublas import tf32
 from nnx.data import Dataset, Standardizer, check_features, encode_labels, read_data, read_features
 from nnx.models import ACTIVATIONS
 
@@ -351,6 +352,7 @@ class Run:
             "settings": asdict(self.settings),
             "standardizer": standardizer,
             "versions": _versions("numpy", "safetensors", "cupy"),
+            "tf32": self.settings.backend != "numpy" and tf32(),
             "metrics": metrics,
         }
         temporary = folder / (self.CONFIG + ".part")
@@ -924,8 +926,8 @@ def _readable(info: dict[str, Any]) -> str:
     if info["cupy_problem"]:
         lines.append(("no CuPy", info["cupy_problem"]))
     if info["cuda"]:
-        tf32 = "on" if info["cuda"]["tf32"] else "off"
-        lines += [("CUDA", info["cuda"]["found"]), ("TF32", f"{tf32} (by CUPY_TF32)")]
+        state = "on" if info["cuda"]["tf32"] else "off"
+        lines += [("CUDA", info["cuda"]["found"]), ("TF32", f"{state} (by CUPY_TF32)")]
     for device in info["devices"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB"
         text = f"{device['model']}, {memory}, compute capability {device['compute_capability']}"
@@ -1006,8 +1008,7 @@ def _cuda() -> dict[str, Any] | None:
         found = cuda_versions()
     if not found.packages and found.cupy is None:
         return None
-    tf32 = os.environ.get("CUPY_TF32", "0") not in ("", "0")
-    return {"found": str(found), **asdict(found), "tf32": tf32}
+    return {"found": str(found), **asdict(found), "tf32": tf32()}
 
 
 def _device(name: str) -> dict[str, Any]:

@@ -248,7 +248,9 @@ def test_what_cublas_refuses_is_named() -> None:
 
 
 @gpu
-@pytest.mark.parametrize(("asked", "expected"), [("0", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("0", False), ("1", True), ("2", True), ("", False), ("on", False)]
+)
 def test_tf32_only_on_request(
     asked: str, expected: bool, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:

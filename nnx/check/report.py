@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnx.backends import Backend
+from nnx.backends.cublas import tf32
 
 
 class Divergence(NamedTuple):
@@ -164,7 +165,6 @@ def _plain(value: Any) -> Any:
 
 def _environment(backend: Backend) -> dict[str, Any]:
     """What the numbers may depend on."""
-    import os
     import platform
 
     from nnx import __version__
@@ -178,8 +178,8 @@ def _environment(backend: Backend) -> dict[str, Any]:
             properties = runtime.getDeviceProperties(runtime.getDevice())
             device = properties["name"].decode()
             versions |= {"cuda": runtime.runtimeGetVersion(), "driver": runtime.driverGetVersion()}
-    tf32 = backend.xp is not np and os.environ.get("CUPY_TF32") == "1"
-    return {"backend": backend.name, "device": device, "tf32": tf32, "versions": versions}
+    rounded = backend.xp is not np and tf32()
+    return {"backend": backend.name, "device": device, "tf32": rounded, "versions": versions}
 
 
 @contextlib.contextmanager
