@@ -1,8 +1,8 @@
 """Matrix products by cuBLAS itself, on a handle of our own.
 
 CuPy's products can't be captured into a CUDA graph, add to their output only by a second pass, and
-copy operands of some strides first. So the library that CuPy has loaded is called directly:
-`cublasGemmStridedBatchedEx`, which takes every product nnx makes, on the current stream, with a
+copy operands of some strides first. So the library that CuPy has loaded is called directly,
+`cublasGemmEx` and for several models `cublasGemmStridedBatchedEx`, on the current stream, with a
 workspace of its own. cuBLAS repeats bit for bit on one device as long as nothing else uses the
 handle's workspace (cuBLAS documentation, section 2.1.4), so every stream has a handle.
 
@@ -151,12 +151,12 @@ def _library() -> Any:
     library.cublasCreate_v2.argtypes = [ctypes.POINTER(pointer)]
     library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasSetWorkspace_v2.argtypes = [pointer, pointer, ctypes.c_size_t]
+    product = [pointer, integer, integer, integer, integer, integer, pointer]
+    matrix, settings = [pointer, integer, integer], [integer, integer]
+    library.cublasGemmEx.argtypes = [*product, *matrix, *matrix, pointer, *matrix, *settings]
     library.cublasGemmStridedBatchedEx.argtypes = [
-        *(pointer, integer, integer, integer, integer, integer, pointer),
-        *(pointer, integer, integer, size),
-        *(pointer, integer, integer, size, pointer),
-        *(pointer, integer, integer, size),
-        *(integer, integer, integer),
+        *(*product, *matrix, size, *matrix, size, pointer),
+        *(*matrix, size, integer, *settings),
     ]
     return library
 
@@ -201,7 +201,7 @@ class Cublas:
         self.workspace = cupy.cuda.alloc(megabytes << 20)
         status = library.cublasSetWorkspace_v2(handle, self.workspace.ptr, megabytes << 20)
         self._check("cublasSetWorkspace", status)
-        self._gemm = library.cublasGemmStridedBatchedEx
+        self._gemm, self._gemms = library.cublasGemmEx, library.cublasGemmStridedBatchedEx
         single = _COMPUTE_TF32 if tf32() else _COMPUTE_FLOAT
         float_, double = ctypes.c_float, ctypes.c_double
         self._constants = {
@@ -214,12 +214,18 @@ class Cublas:
     def gemm(self, p: Plan, a: int, b: int, out: int, dtype: Any, accumulate: bool) -> None:
         """`out = a @ b`, or `out += a @ b`; arrays by address."""
         c = self._constants[dtype]
-        status = self._gemm(
-            *(self.handle, p.b_form, p.a_form, p.n, p.m, p.k, c.one),
-            *(b, c.data, p.b_step, p.b_stride, a, c.data, p.a_step, p.a_stride),
-            *(c.one if accumulate else c.zero, out, c.data, p.out_step, p.out_stride),
-            *(p.batch, c.compute, _DEFAULT_ALGORITHM),
-        )
+        product = (self.handle, p.b_form, p.a_form, p.n, p.m, p.k, c.one)
+        beta, settings = c.one if accumulate else c.zero, (c.compute, _DEFAULT_ALGORITHM)
+        if p.batch == 1:  # it has the better choice of algorithms
+            status = self._gemm(
+                *(*product, b, c.data, p.b_step, a, c.data, p.a_step, beta),
+                *(out, c.data, p.out_step, *settings),
+            )
+        else:
+            status = self._gemms(
+                *(*product, b, c.data, p.b_step, p.b_stride, a, c.data, p.a_step, p.a_stride),
+                *(beta, out, c.data, p.out_step, p.out_stride, p.batch, *settings),
+            )
         if status:
             self._check(f"product ({p.m}, {p.k}) @ ({p.k}, {p.n}) of {p.batch}", status)
 
