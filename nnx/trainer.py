@@ -218,6 +218,7 @@ class Trainer:
 
     def _train(self, batch: Sequence[Array], metrics: Iterable[tuple[Metric, Array]] = ()) -> None:
         x, t, *weight = batch
+        self.vector.begin_step()  # gradients of a capture that was given up don't count either
         y, saved = self.model.forward(x, step=self._step.begin())
         loss, dy = self.loss(y, t, *weight)
         self.model.backward(dy, saved, need_dx=False)

@@ -309,6 +309,36 @@ def test_what_cannot_be_captured_runs_as_it_is(look: Any, message: str) -> None:
     same(*runs)
 
 
+class PeekingMetric(nnx.metrics.Metric):
+    """Reads something on the host when all gradients are there."""
+
+    name = "peeking"
+
+    def start(self, backend: Any, n_models: int | None) -> Array:
+        return backend.xp.zeros((), np.float64)
+
+    def update(self, total: Array, prediction: Array, target: Array) -> None:
+        total += float(prediction.sum())
+
+    def result(self, total: np.ndarray, n: int) -> float:
+        return float(total)
+
+
+def test_what_a_capture_did_before_it_failed_does_not_count() -> None:
+    """The gradients count as written while it goes on; those that follow mustn't add to them."""
+    runs = []
+    for graph in (False, True):
+        trainer = nnx.Trainer(
+            classifier(), nnx.SoftmaxNLL(), nnx.SGD(0.1), backend="cupy", graph=graph
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(*data(), epochs=2, batch_size=32, metrics=[PeekingMetric()])
+        assert len(said) == graph
+        runs.append(trainer)
+    same(*runs)
+
+
 def test_an_error_of_a_layer_while_capturing_is_the_layers_own() -> None:
     """It comes up again in the step that runs as it is, and the trainer goes on afterwards."""
 
