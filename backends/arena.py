@@ -7,6 +7,7 @@ Memory is never reused within a step, so what forward saved is still there in ba
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Hashable
 from types import ModuleType, TracebackType
@@ -61,7 +62,8 @@ class Arena:
             self._tape = []
             self._slab = None  # freed first: both may not fit
             self.generation += 1
-            self._slab = self.xp.empty(self._needed, self.xp.uint8)
+            with contextlib.suppress(Exception):  # the step is done; the next may do in pieces
+                self._slab = self.xp.empty(self._needed, self.xp.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """The next array of the step, not initialized."""

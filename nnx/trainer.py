@@ -189,11 +189,15 @@ class Trainer:
             work: The step.
             kind: What its graph would freeze; None if it isn't to be captured.
         """
-        with self._arena.step(shapes):
-            if kind is None:
-                work()
-            else:
-                self._graphs.run(kind, work, self._step.state, self._arena)
+        try:
+            with self._arena.step(shapes):
+                if kind is None:
+                    work()
+                else:
+                    self._graphs.run(kind, work, self._step.state, self._arena)
+        except BaseException:  # by Ctrl-C between launch and count, host and device disagree
+            self._step.state.rewind()
+            raise
 
     def _places(self, arrays: Iterable[Array]) -> Hashable:
         """Where a captured step would find what it works on."""

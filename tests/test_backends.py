@@ -615,6 +615,27 @@ def test_arena_ends_its_step_after_an_error() -> None:
     assert running.arena is None
 
 
+def test_arena_that_finds_no_room_for_its_slab_goes_on_in_pieces() -> None:
+    """The step is done by then: an error would say that it failed."""
+
+    class Scarce:
+        dtype, uint8, room = np.dtype, np.uint8, 10_000
+
+        def empty(self, shape: Any, dtype: Any) -> Any:
+            if np.prod(shape) * np.dtype(dtype).itemsize > self.room:
+                raise MemoryError
+            return np.empty(shape, dtype)
+
+    xp: Any = Scarce()
+    arena = Arena(xp)
+    for room in (10_000, 10_000, 100_000):
+        xp.room = room
+        with arena.step("key"):
+            arrays = [arena.empty((1000,), np.float64) for _ in range(3)]
+        assert not np.shares_memory(arrays[0], arrays[1])
+        assert arena.nbytes == (0 if room == 10_000 else pytest.approx(24_000, rel=0.1))
+
+
 @pytest.mark.gpu
 def test_arena_of_one_library_serves_no_other() -> None:
     device, host = get_backend("cupy"), get_backend("numpy")

@@ -573,6 +573,28 @@ def test_an_interrupted_step_leaves_the_trainer_usable(
     assert_same_weights(trainer, other)
 
 
+def test_ctrl_c_between_an_update_and_its_count(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has counted the step and the host hasn't; later losses are their own again."""
+    x, t = blobs(rng, 20)
+    trainer, there = classifier(backend, dropout=0), (backend.asarray(x), backend.asarray(t))
+    first = trainer.train_step(*there)
+    kept = float(first)
+
+    def interrupted(state: Any, steps: int = 1) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.optimizer.steps), "count", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_step(*there)
+    for _ in range(3):
+        expected = trainer.evaluate(x, t)["loss"]
+        np.testing.assert_allclose(float(trainer.train_step(*there)), expected, rtol=1e-6)
+    assert float(first) == kept
+
+
 # ---- several trainers, several places --------------------------------------------------------
 
 
