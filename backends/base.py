@@ -83,6 +83,7 @@ class StepState:
     @number.setter
     def number(self, number: int) -> None:
         self._number = number
+        self._send_counters()
 
     @property
     def position(self) -> int:
@@ -133,6 +134,9 @@ class StepState:
         self.order = None if order is None else self.backend.asarray(order)
         self.host_order = order
         self.rates = rates
+
+    def _send_counters(self) -> None:
+        """Make the device's copy of number and position that of the host."""
 
     def rewind(self) -> None:
         """Forget the plan: the next step needs another one."""

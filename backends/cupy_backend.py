@@ -217,9 +217,10 @@ class CupyBackend(XpBackend):
 
         staged = cupyx.empty_pinned(host.shape, host.dtype)
         staged[...] = host
-        out.set(staged)
-        copied = self.xp.cuda.Event(disable_timing=True)
-        copied.record()
+        with self.activate():
+            copied = self.xp.cuda.Event(disable_timing=True)
+            out.set(staged)
+            copied.record()
         self.hold(copied, staged)
 
     def hold(self, copied: Any, memory: Any) -> None:

@@ -40,7 +40,7 @@ class CupyStepState(StepState):
         """As in `StepState`, and on the device."""
         there = self.order
         self.rewind()
-        self.counters = self._upload(np.array([self.number, 0]), self.counters)
+        self._send_counters()
         self.device_rates = self._upload(rates, self.device_rates)
         if order is not None:
             there = self._upload(order.astype(np.int64, copy=False), there)
@@ -51,6 +51,10 @@ class CupyStepState(StepState):
         """As in `StepState`, and on the device."""
         super().set_rates(rates)
         self.device_rates = self._upload(rates, self.device_rates)
+
+    def _send_counters(self) -> None:
+        counters = np.array([self._number, self._position])
+        self.counters = self._upload(counters, self.counters)
 
     def advance(self, loss: Array | None) -> None:
         """As in `StepState`, on the device too; for optimizers that have no kernel."""

@@ -114,8 +114,12 @@ class Optimizer:
         if not callable(lr):
             self._check("lr", lr)
         self._lr = lr
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Give the steps that are planned and not done their learning rates anew."""
         steps = self._steps
-        if steps is not None and steps.position < len(steps.rates):
+        if steps is not None and not steps.exhausted:
             done, left = steps.rates[: steps.position], len(steps.rates) - steps.position
             steps.set_rates(np.concatenate([done, self._rates(steps.number, left)]))
 
@@ -289,7 +293,10 @@ class Optimizer:
         for name, array in slots.items():
             self.slot(name)[...] = vector.backend.asarray(array)
         steps.number = int(state["step"])
-        steps.rewind()
+        if steps.order is None:
+            steps.rewind()
+        else:  # an epoch goes on with its samples
+            self._set_rates()
 
     def config(self) -> dict[str, Any]:
         """Arguments that build this optimizer again; options that are off are left out."""

@@ -135,6 +135,7 @@ class Trainer:
         self._graphs = StepGraphs()
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._totals: dict[Hashable, Array] = {}
+        self._lent: Array = None  # the loss log of which `train_step` last returned a view
 
     @property
     def backend(self) -> Backend:
@@ -157,6 +158,7 @@ class Trainer:
         batch = (x, t) if weight is None else (x, t, weight)
         with self.backend.activate(), self._memory("train_step", len(x)):
             steps = self._begin()
+            self._lent = steps.log
             logged = steps.log[steps.position, ...]
             shapes, kind = tuple((a.shape, a.dtype.char) for a in batch), None
             if self._captures:
@@ -339,15 +341,16 @@ class Trainer:
             order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(data.n)
         order = order[:n]
         starts = np.arange(0, n, batch_size)
-        self.optimizer.plan(len(starts), order, fresh_log=not self._captures)
+        kept = self._captures and self.optimizer.steps.log is not self._lent
+        self.optimizer.plan(len(starts), order, fresh_log=not kept)
         log = self.optimizer.steps.log
         totals = self._start(metrics)
         self._begin()
         feeder = None if data.resident else data.feeder(batch_size)
         kind: Hashable = None
         if self._captures:
-            kept = self._places([*(total for _, total in totals), *data.arrays])
-            kind = self._settings(metrics), batch_size, kept
+            there = self._places([*(total for _, total in totals), *data.arrays])
+            kind = self._settings(metrics), batch_size, there
         for start in range(0, n, batch_size):
             size = min(batch_size, n - start)
             self._begin()

@@ -160,6 +160,20 @@ def test_single_steps_are_replayed_too() -> None:
     assert len(set(losses[0])) == 12
 
 
+def test_losses_of_single_steps_outlive_an_epoch_of_as_many() -> None:
+    """The epochs of a graph share a loss log, but not one of which somebody has views."""
+    cuda, (x, t) = get_backend("cupy"), data(64)
+    trainer = nnx.Trainer(
+        classifier(), nnx.SoftmaxNLL(), nnx.Adam(0.01), backend="cupy", graph=True
+    )
+    trainer.optimizer.PLAN = 2
+    batch = cuda.asarray(x[:32], np.float32), cuda.asarray(t[:32])
+    losses = [trainer.train_step(*batch) for _ in range(2)]
+    before = [float(loss) for loss in losses]
+    trainer.fit(x, t, batch_size=32)
+    assert [float(loss) for loss in losses] == before
+
+
 @pytest.mark.unpoisoned
 def test_a_replayed_step_is_one_launch() -> None:
     """784-512-512-10, batch 128, Adam: one graph is launched; no allocation, no wait."""
@@ -208,6 +222,8 @@ def test_what_changes_between_steps_is_seen_by_the_graph() -> None:
             def on_step_end(self, trainer: nnx.Trainer) -> None:
                 if trainer.optimizer.steps.number == 6:
                     trainer.optimizer.lr = 0.01
+                if trainer.optimizer.steps.number == 10:
+                    trainer.optimizer.load_state({"step": 3})
 
         trainer.fit(x, t, epochs=3, batch_size=32, callbacks=[Slower()])
         kept = {k: v if k == "step" else v.copy() for k, v in optimizer.state().items()}

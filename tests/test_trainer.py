@@ -415,6 +415,44 @@ def test_callbacks_are_called_in_order(rng: np.random.Generator) -> None:
     assert events == expected
 
 
+def test_a_state_loaded_in_the_middle_of_an_epoch(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    """Learning rates and dropout masks are those of its step number; no sample is left out."""
+    x, t = blobs(rng, 70)
+
+    class Back(Callback):
+        """After the third step, back to what was after the first."""
+
+        def on_step_end(self, trainer: Trainer) -> None:
+            optimizer, here = trainer.optimizer, trainer.backend
+            state = optimizer.state()
+            seen.append(state["step"])
+            if len(seen) == 1:
+                self.kept = {
+                    name: a if name == "step" else here.to_numpy(a).copy()
+                    for name, a in state.items()
+                }
+            if len(seen) == 3:
+                optimizer.load_state(self.kept)
+
+    trainer, by_hand = (
+        classifier(backend, optimizer=Adam(lambda step: 0.1 / (1 + step))) for _ in range(2)
+    )
+    seen: list[int] = []
+    trainer.fit(x, t, batch_size=16, callbacks=[Back()])
+    assert seen == [1, 2, 3, 2, 3]
+    assert np.isfinite(trainer.history["loss"]).all()
+
+    order = generator(0, SHUFFLE, step=0).permutation(70)
+    seen, callback = [], Back()
+    for start in range(0, 70, 16):
+        batch = order[start : start + 16]
+        by_hand.train_step(backend.asarray(x[batch]), backend.asarray(t[batch]))
+        callback.on_step_end(by_hand)
+    assert_same_weights(trainer, by_hand)
+
+
 def test_a_callback_ends_the_training_after_the_others_were_asked(rng: np.random.Generator) -> None:
     x, t = blobs(rng, 30)
     events: list[Any] = []
