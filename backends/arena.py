@@ -17,15 +17,15 @@ _ALIGNMENT = 256  # bytes; what cudaMalloc and the widest vector loads want
 
 
 class Arena:
-    """One slab of `xp` memory and the arrays that the running step has taken from it.
+    """One slab of `xp` memory on one device, and the arrays that the running step has taken from it.
 
     Use it as `with arena.step(key):`. What does not fit is allocated on its own, and the slab grows
     when the step ends, so from the second step of a kind on nothing is allocated. An array taken
     from the arena is valid until the next step begins.
     """
 
-    def __init__(self, xp: ModuleType) -> None:
-        self.xp = xp
+    def __init__(self, xp: ModuleType, device: int | None = None) -> None:
+        self.xp, self.device = xp, device
         self._slab: Any = None
         self._tapes: dict[Hashable, list[tuple[tuple[int, ...], Any, Any, int]]] = {}
         self._tape: list[tuple[tuple[int, ...], Any, Any, int]] = []

@@ -164,6 +164,7 @@ class Backend(Protocol):
     name: str
     xp: ModuleType
     graphs: bool
+    device: int | None
 
     def asarray(self, a: Any, dtype: Any = None) -> Array: ...
     def to_numpy(self, a: Array) -> np.ndarray: ...
@@ -427,6 +428,7 @@ class XpBackend:
 
     Attributes:
         graphs: Whether `capture` can work.
+        device: Number of the device; None for the host.
 
     Arrays named `out`, `total`, `dweight`, `dbias`, `z` and `running_...` are written, of an
     optimizer the parameters and its own state, by `condition` the gradient; no other argument ever
@@ -434,6 +436,7 @@ class XpBackend:
     """
 
     graphs = False
+    device: int | None = None
     piece = 2**16
     """Elements that an optimizer of several elementwise passes takes at a time."""
 
@@ -465,7 +468,7 @@ class XpBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array not initialized, from the running step's arena, else a fresh one."""
         arena = running.arena
-        if arena is None or arena.xp is not self.xp:
+        if arena is None or arena.xp is not self.xp or arena.device != self.device:
             return self.xp.empty(shape, dtype)
         return arena.empty(shape, dtype)
 

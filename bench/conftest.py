@@ -92,7 +92,7 @@ def run(benchmark: Benchmark, backend: Backend) -> Run:
             flops: Floating-point operations of a call.
             nbytes: Bytes that a call has to move: each distinct input once, each output once.
         """
-        arena = Arena(backend.xp)
+        arena = Arena(backend.xp, backend.device)
 
         def timed() -> None:
             with arena.step("bench"):

@@ -186,7 +186,7 @@ class Place:
 
     def operation(self, call: Callable[[], object], *moved: Array) -> list[Variant]:
         """An operation that takes its memory from an arena, as in a step, and moves these bytes."""
-        arena = Arena(self.backend.xp)
+        arena = Arena(self.backend.xp, self.backend.device)
 
         def run() -> None:
             with arena.step("bench"):

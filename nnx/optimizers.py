@@ -254,10 +254,11 @@ class Optimizer:
         """`decay_scale * (l1 sum|w| + l2/2 sum w^2)`, `()` or `(K,)`, on the device."""
         vector = self.vector
         xp = vector.backend.xp
-        total = xp.zeros(len(vector.value), vector.value.dtype)
-        for (w,), _, scale in vector.backend.pieces(vector.groups, vector.value):
-            total += scale * self.l1 * xp.abs(w).sum(axis=-1)
-            total += scale * self.l2 / 2 * (w * w).sum(axis=-1)
+        with vector.backend.activate():
+            total = xp.zeros(len(vector.value), vector.value.dtype)
+            for (w,), _, scale in vector.backend.pieces(vector.groups, vector.value):
+                total += scale * self.l1 * xp.abs(w).sum(axis=-1)
+                total += scale * self.l2 / 2 * (w * w).sum(axis=-1)
         return total[0, ...] if vector.n_models is None else total
 
     def _names(self) -> tuple[str | None, ...]:
@@ -288,10 +289,11 @@ class Optimizer:
                     f"load_state: expected {name} of shape {vector.value.shape} and dtype "
                     f"{vector.value.dtype}, got {array.shape} and {array.dtype}"
                 )
-        for name in self._slots.keys() - slots.keys():
-            self._slots[name].fill(0)
-        for name, array in slots.items():
-            self.slot(name)[...] = vector.backend.asarray(array)
+        with vector.backend.activate():
+            for name in self._slots.keys() - slots.keys():
+                self._slots[name].fill(0)
+            for name, array in slots.items():
+                self.slot(name)[...] = vector.backend.asarray(array)
         steps.number = int(state["step"])
         if steps.order is None:
             steps.rewind()

@@ -131,7 +131,7 @@ class Trainer:
         self.history = History()
         self.epoch = 0
         self.graph = graph
-        self._arena = Arena(target.xp)
+        self._arena = Arena(target.xp, target.device)
         self._graphs = StepGraphs()
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._totals: dict[Hashable, Array] = {}
@@ -181,7 +181,8 @@ class Trainer:
 
     def _forget(self) -> None:
         """Give back what steps have asked for."""
-        self._arena, self._graphs, self._inputs = Arena(self.backend.xp), StepGraphs(), {}
+        self._arena = Arena(self.backend.xp, self.backend.device)
+        self._graphs, self._inputs = StepGraphs(), {}
 
     def _run(self, shapes: Hashable, work: Callable[[], Any], kind: Hashable | None) -> None:
         """Do a step, or replay it.

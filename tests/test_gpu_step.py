@@ -409,12 +409,19 @@ def test_data_that_do_not_fit_are_sent_batch_by_batch(monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(np.concatenate(streamed), np.concatenate(resident))
 
 
-def test_the_second_device_is_as_good_as_the_first() -> None:
-    """On `cupy:1` while the current device is 0: everything stays there, and moves back."""
+@pytest.fixture
+def two_devices() -> None:
     import cupy
 
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs two devices")
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_the_second_device_is_as_good_as_the_first() -> None:
+    """On `cupy:1` while the current device is 0: everything stays there, and moves back."""
+    import cupy
+
     rng = np.random.default_rng(0)
     x, t = rng.standard_normal((70, 20)), rng.integers(0, 5, 70)
     losses = {}
@@ -435,3 +442,58 @@ def test_the_second_device_is_as_good_as_the_first() -> None:
     assert trainer.vector.value.device.id == 0
     with pytest.raises(nnx.BackendUnavailable, match="got device 99"):
         get_backend("cupy:99")
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_what_is_called_outside_of_training_finds_its_device() -> None:
+    """CuPy warns where a kernel reaches into another device's memory, and warnings are errors."""
+    cuda, (x, t) = get_backend("cupy:1"), (a.get() for a in batch(32))
+    model = nnx.Sequential(nnx.mlp([20, 16], seed=0), nnx.BatchNorm(16), nnx.Tanh(), nnx.Dropout())
+    trainer = nnx.Trainer(model, nnx.SoftmaxNLL(), nnx.Adam(l2=0.1), backend=cuda)
+    trainer.fit(x, t)
+    state = trainer.optimizer.state()
+    trainer.optimizer.load_state({k: a if k == "step" else a.copy() for k, a in state.items()})
+    trainer.optimizer.load_state({"step": 3})
+    assert float(trainer.optimizer.penalty()) > 0
+    model.load_state({name: cuda.to_numpy(a) for name, a in model.state().items()})
+    y = model(cuda.asarray(x, np.float32))
+    np.testing.assert_array_equal(cuda.to_numpy(y), trainer.predict(x))
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_uploads_to_a_device_that_is_not_the_current_one_arrive() -> None:
+    """Pinned memory is kept until its copy is done, on whichever device (seen in deferred mode)."""
+    simulator = _simulator()
+    cuda = get_backend("cupy:1")
+    with cuda.activate():
+        arrays = [cuda.xp.zeros(100) for _ in range(20)]
+    cuda.synchronize()
+    with simulator.option("async", 1) if simulator else contextlib.nullcontext():
+        for i, array in enumerate(arrays):
+            cuda.upload(np.full(100, float(i)), array)
+        cuda.synchronize()
+    for i, array in enumerate(arrays):
+        np.testing.assert_array_equal(cuda.to_numpy(array), i)
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_a_model_of_another_device_may_be_asked_within_a_step() -> None:
+    """Its arrays don't come from the memory of the step."""
+    first, second = get_backend("cupy:0"), get_backend("cupy:1")
+    teacher = nnx.mlp([20, 16, 5], seed=1).to(first)
+
+    class Asking(nnx.Layer):
+        def forward(self, x: Array, *, step: Any = None) -> tuple[Array, Any]:
+            if step is not None:
+                answers.append(teacher(first.asarray(second.to_numpy(x))).device.id)
+            return x, None
+
+        def backward(self, dy: Array, saved: Any, *, need_dx: bool = True) -> Array:
+            return dy
+
+    answers: list[int] = []
+    model = nnx.Sequential(Asking(), nnx.mlp([20, 16, 5], seed=2))
+    trainer = nnx.Trainer(model, nnx.SoftmaxNLL(), nnx.Adam(), backend=second)
+    x, t = (a.get() for a in batch(32))
+    trainer.fit(x, t, epochs=3, batch_size=16)
+    assert answers == [0] * 6

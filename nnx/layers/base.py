@@ -96,7 +96,8 @@ class Layer:
 
     def __call__(self, x: Array) -> Array:
         """The output in evaluation mode."""
-        return self.forward(x)[0]
+        with backend_of(x).activate():
+            return self.forward(x)[0]
 
     def __repr__(self) -> str:
         given = {name: value for name, value in self.config().items() if value is not None}
@@ -227,7 +228,9 @@ class Layer:
                     f"load_state: expected {name} of dtype {array.dtype}, got {new.dtype}"
                 )
         for name, array in own.items():
-            array[...] = backend_of(array).asarray(state[name])
+            backend = backend_of(array)
+            with backend.activate():
+                array[...] = backend.asarray(state[name])
 
     def to(self, backend: str | Backend) -> Self:
         """Move parameters, gradients, buffers and the optimizer's state; returns the layer.
