@@ -17,7 +17,7 @@ _ALIGNMENT = 256  # bytes; what cudaMalloc and the widest vector loads want
 
 
 class Arena:
-    """One slab of `xp` memory on one device, and the arrays that the running step has taken from it.
+    """One slab of `xp` memory on a device, and the arrays that the running step has taken from it.
 
     Use it as `with arena.step(key):`. What does not fit is allocated on its own, and the slab grows
     when the step ends, so from the second step of a kind on nothing is allocated. An array taken

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -174,6 +174,7 @@ class Backend(Protocol):
     def cast(self, a: Array, dtype: Any) -> Array: ...
     def synchronize(self) -> None: ...
     def activate(self) -> contextlib.AbstractContextManager[Any]: ...
+    def stream(self) -> Hashable: ...
     def fits(self, nbytes: int) -> bool: ...
     def step_state(self) -> StepState: ...
     def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> Feeder: ...
@@ -486,6 +487,10 @@ class XpBackend:
     def activate(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which this backend's device is the current one."""
         return contextlib.nullcontext()
+
+    def stream(self) -> Hashable:
+        """What tells the stream that work is now queued on from others; None without any."""
+        return None
 
     def fits(self, nbytes: int) -> bool:
         """Whether a data set of this size should live on the device."""

@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -187,6 +187,9 @@ class CupyBackend(XpBackend):
         self._kernels: dict[tuple[str, Any], tuple[Any, tuple[_Parameter, ...]]] = {}
         self._plain: set[str] = set()  # expressions that don't compile
         self._staged: deque[tuple[Any, Any]] = deque()
+        self._holding = threading.Lock()
+        self._capture_streams: dict[Any, Any] = {}
+        self._capturing = threading.RLock()
 
     # ---- arrays --------------------------------------------------------------------------------
 
@@ -225,9 +228,10 @@ class CupyBackend(XpBackend):
 
     def hold(self, copied: Any, memory: Any) -> None:
         """Keep pinned memory until an event: the copy may come after whoever asked is gone."""
-        self._staged.append((copied, memory))
-        while self._staged and self._staged[0][0].done:
-            self._staged.popleft()
+        with self._holding:
+            self._staged.append((copied, memory))
+            while self._staged and self._staged[0][0].done:
+                self._staged.popleft()
 
     def synchronize(self) -> None:
         """Wait until everything on the current stream is done."""
@@ -260,17 +264,17 @@ class CupyBackend(XpBackend):
     def capture(self, work: Callable[[], Any], state: StepState) -> Graph:
         """As in `XpBackend`. What `work` allocates comes from a pool that belongs to the graph."""
         cuda = self.xp.cuda
-        number, now, stream = state.number, cuda.get_current_stream(), self._capture_stream
+        number, now = state.number, cuda.get_current_stream()
         pool, graph = cuda.MemoryPool(), None
-        with stream:
-            if self._stream() not in self._handles:  # handles aren't made, nor used first, in one
+        with self._capturing, self._capture_stream() as stream:
+            if self.stream() not in self._handles:  # handles aren't made, nor used first, in one
                 one = self.xp.ones((1, 1), np.float32)
                 self.gemm(one, one, self.xp.empty_like(one))
-            self._ticket(max((t[-1].size for t in self._tickets.values() if t), default=1))
+            self._ticket(max((t[-1].size for t in list(self._tickets.values()) if t), default=1))
             stream.wait_event(now.record())
-            stream.begin_capture()
-            state.capturing = True
             try:
+                stream.begin_capture()
+                state.capturing = True
                 with cuda.using_allocator(pool.malloc):
                     work()
                 graph = stream.end_capture()
@@ -287,9 +291,16 @@ class CupyBackend(XpBackend):
             now.wait_event(stream.record())
         return CupyGraph(graph, pool)
 
-    @functools.cached_property
     def _capture_stream(self) -> Any:
-        return self.xp.cuda.Stream(non_blocking=True)
+        """Where steps of the current stream are captured.
+
+        A graph holds the cuBLAS workspace and the tickets of the stream that it was captured on. So
+        graphs that may run at the same time, on different streams, must come from different ones.
+        """
+        stream = self.stream()
+        if stream not in self._capture_streams:
+            self._capture_streams[stream] = self.xp.cuda.Stream(non_blocking=True)
+        return self._capture_streams[stream]
 
     def out_of_memory(self, error: BaseException) -> str | None:
         """As in `XpBackend`."""
@@ -384,13 +395,13 @@ class CupyBackend(XpBackend):
         Each stream has its own, since its kernels run one after the other. Shorter ones are kept
         when longer ones are made: a captured graph may hold their address.
         """
-        tickets = self._tickets.setdefault(self._stream(), [])
+        tickets = self._tickets.setdefault(self.stream(), [])
         if not tickets or tickets[-1].size < n:
             tickets.append(self.xp.zeros(max(n, 1024), np.uint32))
         return tickets[-1][:n]
 
-    def _stream(self) -> Any:
-        """What tells the current stream from others."""
+    def stream(self) -> Hashable:
+        """As in `XpBackend`."""
         stream = self.xp.cuda.get_current_stream().ptr
         return (stream, threading.get_ident()) if stream == 2 else stream  # 2: each thread's own
 
@@ -430,7 +441,7 @@ class CupyBackend(XpBackend):
 
     def _cublas(self) -> Cublas | None:
         """The current stream's cuBLAS handle; None where none can be had."""
-        stream = self._stream()
+        stream = self.stream()
         if stream not in self._handles:
             try:
                 with self.activate():

@@ -207,7 +207,8 @@ class Trainer:
         steps: Any = self._step.state
         own = (self.vector.value, self.vector.grad, steps.log, steps.order)
         uploaded = (steps.counters, steps.device_rates)
-        return places([*own, *uploaded, *(a for _, a in self.model.buffers()), *arrays])
+        found = places([*own, *uploaded, *(a for _, a in self.model.buffers()), *arrays])
+        return self.backend.stream(), found
 
     def _settings(self, metrics: Iterable[Metric]) -> Hashable:
         """What a captured step would freeze besides places."""

@@ -1,8 +1,10 @@
 """Steps replayed from CUDA graphs: the same bits as without, in one launch; and data sent ahead."""
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -400,6 +402,58 @@ def test_graphs_of_two_trainers_do_not_disturb_each_other() -> None:
             trainer.fit(x, t, epochs=1, batch_size=32, metrics=metrics)
     for one, other in zip(alone, together, strict=True):
         same(one, other)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one stream", "own streams"])
+def test_trainers_in_two_threads(own: bool) -> None:
+    """They capture one after the other, and their graphs share no memory that may be in use."""
+    import cupy
+
+    x, t = data(128)
+
+    def train(seed: int, graph: bool) -> nnx.Trainer:
+        model = nnx.mlp([20, 16 + seed, 5], dropout=0.3, seed=seed)
+        trainer = nnx.Trainer(
+            model, nnx.SoftmaxNLL(), nnx.Adam(0.01), seed=seed, backend="cupy", graph=graph
+        )
+        for batch_size in (16, 32, 64):
+            trainer.fit(x, t, epochs=3, batch_size=batch_size)
+        return trainer
+
+    def work(seed: int) -> nnx.Trainer:
+        meet.wait()
+        with cupy.cuda.Stream(non_blocking=True) if own else contextlib.nullcontext():
+            trainer = train(seed, graph=True)
+            get_backend("cupy").synchronize()
+            return trainer
+
+    alone = [train(seed, graph=False) for seed in (1, 2)]
+    for _ in range(3):
+        meet = threading.Barrier(2)
+        with ThreadPoolExecutor(2) as pool:
+            for one, other in zip(alone, pool.map(work, (1, 2)), strict=True):
+                same(one, other)
+
+
+def test_a_graph_is_replayed_on_the_stream_it_was_captured_for() -> None:
+    """Others have their own: they may run at the same time, and a graph has its own workspace."""
+    import cupy
+
+    cuda, (x, t) = get_backend("cupy"), data(32)
+    batch = cuda.asarray(x, np.float32), cuda.asarray(t)
+    trainer = nnx.Trainer(
+        classifier(), nnx.SoftmaxNLL(), nnx.Adam(0.01), backend="cupy", graph=True
+    )
+    stream = cupy.cuda.Stream()  # waits for the default stream, and that for it
+    with graphs() as found:
+        for _ in range(4):
+            trainer.train_step(*batch)
+        with stream:
+            for _ in range(4):
+                trainer.train_step(*batch)
+        trainer.train_step(*batch)
+    if found:
+        assert found == {"captured": 2, "launched": 7}
 
 
 def test_on_numpy_the_flag_changes_nothing() -> None:
