@@ -213,7 +213,9 @@ class Trainer:
     def _settings(self, metrics: Iterable[Metric]) -> Hashable:
         """What a captured step would freeze besides places."""
         optimizer = self.optimizer.config() | {"lr": None}
-        return repr((self.model, self.loss, optimizer, [(type(m), vars(m)) for m in metrics]))
+        layers = [_numbers(layer) for layer in self.model.layers()]  # their config may lack some
+        own = self.model, self.loss, layers, _numbers(self.loss), optimizer
+        return repr((own, [(type(m), vars(m)) for m in metrics]))
 
     def _copied(self, key: Hashable, batch: tuple[Array, ...]) -> tuple[Array, ...]:
         """The batch in arrays that stay where they are."""
@@ -555,6 +557,11 @@ def _memory(who: str, backend: Backend, advice: str) -> Iterator[None]:
             f"{who}: out of device memory: {said}; {advice}, use dtype='float32', or run on "
             "backend='numpy'"
         ) from error
+
+
+def _numbers(a: object) -> dict[str, Any]:
+    """The attributes that a graph would freeze."""
+    return {name: value for name, value in vars(a).items() if isinstance(value, (int, float))}
 
 
 def _batch_size(who: str, n: Any) -> int:

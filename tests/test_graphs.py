@@ -246,6 +246,37 @@ def test_what_changes_between_steps_is_seen_by_the_graph() -> None:
     same(*runs)
 
 
+def test_numbers_of_own_layers_and_losses_are_those_of_the_next_fit() -> None:
+    """Also where their `config` doesn't have them."""
+
+    class Scaled(nnx.Layer):
+        factor = 1.0
+
+        def forward(self, x: Array, *, step: Any = None) -> tuple[Array, Any]:
+            return x * self.factor, None
+
+        def backward(self, dy: Array, saved: Any, *, need_dx: bool = True) -> Array:
+            return dy * self.factor
+
+    class Softer(nnx.SoftmaxNLL):
+        factor = 1.0
+
+        def __call__(self, prediction: Array, target: Array, *args: Any, **options: Any) -> Any:
+            return super().__call__(prediction, target, *args, grad_scale=self.factor, **options)
+
+    runs = []
+    for graph in (False, True):
+        rng = np.random.default_rng(0)
+        scaled, loss = Scaled(), Softer()
+        model = nnx.Sequential(nnx.Linear(20, 8, rng=rng), scaled, nnx.Linear(8, 5, rng=rng))
+        trainer = nnx.Trainer(model, loss, nnx.SGD(0.1), backend="cupy", graph=graph)
+        for factors in ((1.0, 1.0), (0.5, 1.0), (0.5, 0.3)):
+            scaled.factor, loss.factor = factors
+            trainer.fit(*data(128), epochs=2, batch_size=32)
+        runs.append(trainer)
+    same(*runs)
+
+
 def test_a_graph_is_made_anew_when_the_memory_of_its_step_has_moved() -> None:
     """A larger batch makes a larger slab; the old memory soon belongs to somebody else."""
     cuda = get_backend("cupy")
