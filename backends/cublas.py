@@ -24,6 +24,7 @@ _DEFAULT_ALGORITHM = -1
 _FLOAT, _DOUBLE = 0, 1  # CUDA_R_32F, CUDA_R_64F
 _COMPUTE_FLOAT, _COMPUTE_DOUBLE, _COMPUTE_TF32 = 68, 70, 77
 
+_NO_ROOM = (1, 3)  # what cublasCreate says then
 _STATUS = {
     1: "not initialized",
     3: "allocation failed",
@@ -193,7 +194,11 @@ class Cublas:
 
         library = _library()
         handle = ctypes.c_void_p()
-        self._check("cublasCreate", library.cublasCreate_v2(ctypes.byref(handle)))
+        status = library.cublasCreate_v2(ctypes.byref(handle))
+        if status in _NO_ROOM:  # it doesn't ask CuPy's pool, which may keep all memory
+            cupy.get_default_memory_pool().free_all_blocks()
+            status = library.cublasCreate_v2(ctypes.byref(handle))
+        self._check("cublasCreate", status)
         self.handle = handle
         self._check("cublasSetStream", library.cublasSetStream_v2(handle, stream))
         # after the stream, which takes the workspace away; sizes that NVIDIA recommends

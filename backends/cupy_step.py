@@ -107,11 +107,13 @@ class CupyFeeder:
             # "clip" clips nothing, the indices are valid; "raise" would gather into a buffer first
             np.take(source, index, axis=0, out=host[:n], mode="clip")
         self._stream.wait_event(slot.used)
-        for host, there in zip(slot.hosts, slot.there, strict=True):
-            there[:n].set(host[:n], stream=self._stream)
-        slot.copied.record(self._stream)
-        current.wait_event(slot.copied)
-        self._backend.hold(slot.copied, slot.hosts)
+        try:
+            for host, there in zip(slot.hosts, slot.there, strict=True):
+                there[:n].set(host[:n], stream=self._stream)
+        finally:  # what has begun, Ctrl-C or not, uses the memory on both sides
+            slot.copied.record(self._stream)
+            current.wait_event(slot.copied)
+            self._backend.hold(slot.copied, slot.hosts)
         return [there[:n] for there in slot.there]
 
 

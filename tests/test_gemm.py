@@ -235,6 +235,28 @@ def test_without_a_handle_products_run_by_cupy(
 
 
 @gpu
+def test_a_handle_has_room_in_what_the_pool_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuBLAS asks the device, where nothing is left if CuPy's pool holds it all, in use or not."""
+    from nnx.backends import cublas, cupy_backend
+
+    cuda = cupy_backend.CupyBackend(0)
+    pool, library = cuda.xp.get_default_memory_pool(), cublas._library()
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library, name)
+
+        def cublasCreate_v2(self, handle: Any) -> int:
+            return 1 if pool.free_bytes() else int(library.cublasCreate_v2(handle))
+
+    monkeypatch.setattr(cublas, "_library", Full)
+    x = cuda.xp.ones((2, 2), np.float32)
+    cuda.xp.empty(2**20)  # the pool keeps it
+    assert pool.free_bytes()
+    close(cuda.to_numpy(cuda.gemm(x, x, cuda.xp.empty_like(x))), np.full((2, 2), 2), np.float32, 2)
+
+
+@gpu
 def test_what_cublas_refuses_is_named() -> None:
     from nnx.backends import cublas
 

@@ -521,6 +521,29 @@ def test_sent_data_arrive_whole_and_in_time(
         np.testing.assert_array_equal(train().predict(x), resident.predict(x))
 
 
+def test_ctrl_c_while_data_are_sent_leaves_the_memory_to_the_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy that has begun goes on; until it is over, neither side of it may be given away."""
+
+    class Interrupted:
+        def __getitem__(self, rows: Any) -> "Interrupted":
+            return self
+
+        def set(self, host: np.ndarray, stream: Any) -> None:
+            raise KeyboardInterrupt
+
+    cuda: Any = get_backend("cupy")
+    held: list[Any] = []
+    monkeypatch.setattr(cuda, "hold", lambda event, memory: held.append((event, memory)))
+    feeder = cuda.feeder([np.full((32, 1000), 1.0), np.arange(32)], 16)
+    _, slot = feeder._slots
+    slot.there[1] = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        feeder.send(np.arange(16))
+    assert held == [(slot.copied, slot.hosts)]
+
+
 def test_data_that_are_too_fragmented_for_the_device_are_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
