@@ -80,7 +80,7 @@ class Arena:
         for n in shape:
             size *= n
         end = start + size
-        if end <= self.nbytes:
+        if self._slab is not None and end <= self.nbytes:
             array = self._slab[start:end].view(dtype).reshape(shape)
         else:
             array = self.xp.empty(shape, dtype)

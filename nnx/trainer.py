@@ -221,6 +221,7 @@ class Trainer:
         """The batch in arrays that stay where they are."""
         kept: tuple[Array, ...] | None = self._inputs.get(key)
         if kept is None:
+            backend_of(self.vector.value, *batch)  # or it says what is where
             kept = self._inputs[key] = tuple(self.backend.xp.empty_like(a) for a in batch)
         for a, mine in zip(batch, kept, strict=True):
             self.backend.xp.copyto(mine, a)

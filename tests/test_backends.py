@@ -615,6 +615,12 @@ def test_arena_ends_its_step_after_an_error() -> None:
     assert running.arena is None
 
 
+def test_arena_may_be_asked_for_nothing_first() -> None:
+    arena = Arena(np)
+    for _ in range(2):
+        assert take(arena, ((0, 4), np.float32))[0].shape == (0, 4)
+
+
 def test_arena_that_finds_no_room_for_its_slab_goes_on_in_pieces() -> None:
     """The step is done by then: an error would say that it failed."""
 

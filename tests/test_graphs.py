@@ -315,6 +315,14 @@ def test_a_model_that_moved_away_and_back_between_steps_has_a_new_graph() -> Non
     same(*runs)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_arrays_of_the_host_are_an_error_that_says_so(graph: bool) -> None:
+    x, t = data(32)
+    trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam(), backend="cupy", graph=graph)
+    with pytest.raises(TypeError, match="expected arrays of one backend, got"):
+        trainer.train_step(x.astype(np.float32), t)
+
+
 class Peeking(nnx.Layer):
     """Reads something on the host in each step, which a graph can't repeat."""
 

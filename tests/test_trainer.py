@@ -611,6 +611,13 @@ def test_an_interrupted_step_leaves_the_trainer_usable(
     assert_same_weights(trainer, other)
 
 
+def test_a_step_without_samples_changes_nothing(backend: Backend) -> None:
+    trainer, untouched = (classifier(backend, dropout=0) for _ in range(2))
+    loss = trainer.train_step(backend.xp.zeros((0, 4), np.float32), backend.xp.zeros(0, np.int64))
+    assert float(loss) == 0
+    assert_same_weights(trainer, untouched)
+
+
 def test_ctrl_c_between_an_update_and_its_count(
     backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
