@@ -22,6 +22,10 @@ class Arena:
     Use it as `with arena.step(key):`. What does not fit is allocated on its own, and the slab grows
     when the step ends, so from the second step of a kind on nothing is allocated. An array taken
     from the arena is valid until the next step begins.
+
+    Args:
+        xp: The array library.
+        device: The only one of its devices to be served; any by default.
     """
 
     def __init__(self, xp: ModuleType, device: int | None = None) -> None:
