@@ -91,7 +91,8 @@ class Trainer:
         ValueError: The model has no parameters, or its number of models isn't the loss's.
         OutOfMemory: The device has no room for the model, which stays where it was. Raised by the
             other methods too, when data or a step don't fit: the parameters are then those before
-            the step, and training can go on with smaller batches.
+            the step, and training can go on with smaller batches. (`BatchNorm`'s running statistics
+            may have followed the batch, which is data like any other.)
     """
 
     def __init__(
@@ -222,6 +223,8 @@ class Trainer:
         kept: tuple[Array, ...] | None = self._inputs.get(key)
         if kept is None:
             backend_of(self.vector.value, *batch)  # or it says what is where
+            while len(self._inputs) >= StepGraphs.LIMIT:  # as graphs: the oldest goes first
+                del self._inputs[next(iter(self._inputs))]
             kept = self._inputs[key] = tuple(self.backend.xp.empty_like(a) for a in batch)
         for a, mine in zip(batch, kept, strict=True):
             self.backend.xp.copyto(mine, a)

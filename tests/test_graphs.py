@@ -315,6 +315,21 @@ def test_a_model_that_moved_away_and_back_between_steps_has_a_new_graph() -> Non
     same(*runs)
 
 
+def test_batches_of_ever_new_sizes_do_not_fill_the_memory() -> None:
+    """For each size there is a place that a graph reads, but not for all that ever were."""
+    cuda, (x, t) = get_backend("cupy"), data(32)
+    there = cuda.asarray(x, np.float32), cuda.asarray(t)
+    trainer = nnx.Trainer(
+        nnx.Linear(20, 5, rng=np.random.default_rng(0)), nnx.SoftmaxNLL(), nnx.SGD(0.1),
+        backend="cupy", graph=True,
+    )  # fmt: skip
+    pool, used = cuda.xp.get_default_memory_pool(), []
+    for n in range(32, 0, -1):
+        trainer.train_step(*(a[:n] for a in there))
+        used.append(pool.used_bytes())
+    assert max(used[20:]) <= used[15]
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_arrays_of_the_host_are_an_error_that_says_so(graph: bool) -> None:
     x, t = data(32)
