@@ -595,9 +595,6 @@ class CupyBackend(XpBackend):
             loss.fill(0)
             return loss, gradient
 
-        def optional(a: Array | None) -> tuple[Array, int] | None:
-            return None if a is None else (a, a.size)
-
         soft = target.dtype.kind == "f"
         target = self.cast(target, dtype if soft else np.int64)
         weight = None if weight is None else self.cast(weight, dtype)
@@ -608,7 +605,7 @@ class CupyBackend(XpBackend):
             None if soft else (target, target.size),
             (target, target.size) if soft else None,
             None if class_weight is None else (class_weight, n_classes),
-            optional(weight),
+            _sized(weight),
         )
         sizes = (n, n_classes, n_targets, n_weights, *ignored)
         name, lanes, shared = _softmax_kernel(n_classes, dtype.itemsize, soft)
@@ -628,7 +625,7 @@ class CupyBackend(XpBackend):
                 "softmax_nll_weight",
                 dtype,
                 blocks,
-                optional(denominator),
+                _sized(denominator),
                 (self.empty((blocks,), dtype), blocks),
                 (self._ticket(), 1),
                 *targets,
@@ -649,13 +646,13 @@ class CupyBackend(XpBackend):
             dtype,
             parts,
             (loss, n_models),
-            optional(gradient),
+            _sized(gradient),
             (self.empty((parts,), dtype), parts),
             (self._ticket(), 1),
             (logits, n_models * n * n_classes),
             *targets,
-            optional(denominator),
-            optional(factor),
+            _sized(denominator),
+            _sized(factor),
             count,
             scale,
             label_smoothing,
