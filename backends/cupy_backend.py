@@ -47,11 +47,15 @@ WARPS = THREADS // 32
 _SHARED = 47 * 1024  # bytes of shared memory that a kernel may ask for at launch
 _PARTS = 4096  # numbers that the last block of softmax_nll adds up for each model, at most
 
-# What a block keeps in registers, as normalization.cu has it: bytes of a row, bytes of a tile of a
-# batch, and the tile's columns.
+# What a block takes at once. In registers, as normalization.cu has it: bytes of a row, bytes of a
+# tile of a batch, and the tile's columns. Elements of the flat vector, TILE of optimizers.cu. Bytes
+# of the columns that bias_backward sums. Partial sums that are added up in normalization.cu: FAN.
 _ROW = 64 * THREADS
 _TILE = 128 * THREADS
 _TILE_WIDTH = 8
+_UPDATE_TILE = 2048
+_SUMMED = 512
+_FAN = 32
 
 _SOFTMAX_NLL = "=T =T? =T =u32 T i64? T? T? T? T? T? float float float " + " ".join(["int"] * 11)
 
@@ -66,7 +70,7 @@ _KERNELS = {
     "relu": ("relu.cu", "=T =u32 T int"),
     "relu_backward": ("relu.cu", "=T T u32 int"),
     "bias_relu": ("relu.cu", "=T =u32 T* int int int"),
-    "bias_backward": ("relu.cu", "=T* =T? =T? =u32? T u32? int int int int int int int"),
+    "bias_backward": ("relu.cu", "=T* =T? =T? =u32 T u32? int int int int int int int"),
     "softmax_nll": ("softmax_nll.cu", _SOFTMAX_NLL),
     "softmax_nll_wide": ("softmax_nll.cu", _SOFTMAX_NLL),
     "softmax_nll_long": ("softmax_nll.cu", _SOFTMAX_NLL),
@@ -400,6 +404,11 @@ class CupyBackend(XpBackend):
             tickets.append(self.xp.zeros(max(n, 1024), np.uint32))
         return tickets[-1][:n]
 
+    def _partial(self, size: int, dtype: Any, tickets: int = 1) -> tuple[Sized | None, Sized]:
+        """Arguments of a kernel whose blocks leave sums for the last of them: space, tickets."""
+        space = self.empty((size,), dtype) if size else None
+        return _sized(space), (self._ticket(tickets), tickets)
+
     def stream(self) -> Hashable:
         """As in `XpBackend`."""
         stream = self.xp.cuda.get_current_stream().ptr
@@ -543,21 +552,18 @@ class CupyBackend(XpBackend):
         dz = None if mask is None else self.empty(dy.shape, dtype)
         if not n_models:
             return dz
-        width, parts, chunks, chunk_rows = _partition(n_models, rows, columns, dtype.itemsize)
-        partial = tickets = None
-        if chunks > 1:
-            sums = self.empty((parts * chunks * _columns(dtype.itemsize),), dtype)
-            partial, tickets = (sums, sums.size), (self._ticket(parts), parts)
+        width, parts, chunks, chunk_rows = _chunks(n_models, rows, columns, dtype.itemsize)
+        several = chunks > 1
+        size = parts * chunks * _SUMMED // dtype.itemsize if several else 0
         self._launch(
             "bias_backward",
             dtype,
             parts * chunks,
             (dbias, n_models * columns),
-            None if dz is None else (dz, n),
-            partial,
-            tickets,
+            _sized(dz),
+            *self._partial(size, dtype, parts if several else 1),
             (dy, n),
-            None if mask is None else (mask, _words(n)),
+            _sized(mask, _words(n)),
             n_models,
             rows * columns,
             columns,
@@ -594,7 +600,6 @@ class CupyBackend(XpBackend):
         if not n:
             loss.fill(0)
             return loss, gradient
-
         soft = target.dtype.kind == "f"
         target = self.cast(target, dtype if soft else np.int64)
         weight = None if weight is None else self.cast(weight, dtype)
@@ -602,20 +607,18 @@ class CupyBackend(XpBackend):
         n_weights = 0 if weight is None else weight.size
         ignored = (0, 0) if ignore_index is None else (ignore_index, 1)
         targets = (
-            None if soft else (target, target.size),
-            (target, target.size) if soft else None,
-            None if class_weight is None else (class_weight, n_classes),
+            None if soft else _sized(target),
+            _sized(target) if soft else None,
+            _sized(class_weight, n_classes),
             _sized(weight),
         )
         sizes = (n, n_classes, n_targets, n_weights, *ignored)
         name, lanes, shared = _softmax_kernel(n_classes, dtype.itemsize, soft)
         part, parts = _parts(n, THREADS // lanes)
-        count, denominator = float(n), None
-        if isinstance(normalizer, (int, float)):
-            count = float(normalizer)
-        elif normalizer is not None:
-            denominator = self.cast(normalizer, dtype)
-        elif any(a is not None for a in (weight, class_weight, ignore_index)):
+        count, denominator = self._number(normalizer, n, dtype)
+        scale, factor = self._number(grad_scale, 1, dtype)
+        given = (weight, class_weight, ignore_index)
+        if normalizer is None and any(a is not None for a in given):
             alike = max(n_targets, n_weights) == n  # in all models
             denominator = self.empty((1 if alike else n_models,), dtype)
             readers = min(lanes, 32) if soft else 1
@@ -626,8 +629,7 @@ class CupyBackend(XpBackend):
                 dtype,
                 blocks,
                 _sized(denominator),
-                (self.empty((blocks,), dtype), blocks),
-                (self._ticket(), 1),
+                *self._partial(blocks, dtype),
                 *targets,
                 readers,
                 rows,
@@ -635,11 +637,6 @@ class CupyBackend(XpBackend):
                 *sizes,
                 lanes=THREADS,
             )
-        scale, factor = 1.0, None
-        if isinstance(grad_scale, (int, float)):
-            scale = float(grad_scale)
-        elif grad_scale is not None:
-            factor = self.cast(grad_scale, dtype)
         parts *= n_models
         self._launch(
             name,
@@ -647,8 +644,7 @@ class CupyBackend(XpBackend):
             parts,
             (loss, n_models),
             _sized(gradient),
-            (self.empty((parts,), dtype), parts),
-            (self._ticket(), 1),
+            *self._partial(parts, dtype),
             (logits, n_models * n * n_classes),
             *targets,
             _sized(denominator),
@@ -667,6 +663,12 @@ class CupyBackend(XpBackend):
         )
         return loss, gradient
 
+    def _number(self, a: float | Array | None, default: float, dtype: Any) -> Any:
+        """A number known here, and an array of it where the device alone knows it."""
+        if a is None or isinstance(a, (int, float)):
+            return default if a is None else a, None
+        return default, self.cast(a, dtype)
+
     @_by_kernel("metrics.cu")
     def count_correct(
         self,
@@ -681,15 +683,15 @@ class CupyBackend(XpBackend):
         n, n_classes = scores.shape[-2:]
         n_models = scores.shape[0] if scores.ndim == 3 else 1
         labels = self.cast(labels, np.int64)
-        lanes, shared = _tile(n_classes, scores.dtype.itemsize)
+        lanes, shared = _staging(n_classes, scores.dtype.itemsize)
         if n:
             self._launch(
                 "count_correct",
                 scores.dtype,
                 -(-n // (THREADS // lanes)) * n_models,
                 (total, n_models if ignore_index is None else 2 * n_models),
-                (scores, scores.size),
-                (labels, labels.size),
+                _sized(scores),
+                _sized(labels),
                 lanes,
                 n_models,
                 n,
@@ -713,17 +715,17 @@ class CupyBackend(XpBackend):
         width = 0 if not floating else 1 if threshold is not None else n_classes
         dtype = scores.dtype if floating else np.dtype(np.float32)
         n = scores.size // (n_models * max(width, 1))
-        predicted = None if floating else (self.cast(scores, np.int64), n_models * n)
-        lanes, shared = _tile(width, dtype.itemsize)
+        predicted = None if floating else self.cast(scores, np.int64)
+        lanes, shared = _staging(width, dtype.itemsize)
         if n:
             self._launch(
                 "confusion",
                 dtype,
                 -(-n // (THREADS // lanes)) * n_models,
                 (total, n_models * n_classes**2),
-                (scores, n_models * n * width) if floating else None,
-                predicted,
-                (labels, labels.size),
+                _sized(scores, n_models * n * width) if floating else None,
+                _sized(predicted, n_models * n),
+                _sized(labels),
                 threshold or 0.0,
                 lanes,
                 n_models,
@@ -745,15 +747,13 @@ class CupyBackend(XpBackend):
             return
         part = max(-(-n // 64), -(-4096 // columns))  # at most 64, of some work each
         parts = n_models * -(-n // part)
-        partial = self.empty((parts * columns,), np.dtype(np.float64))
         self._launch(
             "add_sums",
             terms.dtype,
             parts,
             (total, n_models * columns),
-            (partial, partial.size),
-            (self._ticket(), 1),
-            (terms, terms.size),
+            *self._partial(parts * columns, _DTYPES["f64"]),
+            _sized(terms),
             n_models,
             n,
             columns,
@@ -778,7 +778,7 @@ class CupyBackend(XpBackend):
                 x.dtype,
                 mask.size,
                 (y, n),
-                (mask, mask.size),
+                _sized(mask),
                 (x, n),
                 (state.counters, 2),
                 seed,
@@ -811,7 +811,7 @@ class CupyBackend(XpBackend):
         batch, vectors, sizes = self._batches(x, weight, bias)
         y, rstd = self.empty(x.shape, x.dtype), self.empty(x.shape[:-1], x.dtype)
         mean = self.empty(rstd.shape, x.dtype) if centered else None
-        lanes = self._lanes(x)
+        lanes = _row_lanes(x)
         arguments = (_sized(y), _sized(mean), _sized(rstd), batch, *vectors, eps, *sizes, lanes)
         self._launch("layer_norm", x.dtype, max(rstd.size, 1), *arguments, lanes=lanes)
         return y, mean, rstd
@@ -839,17 +839,18 @@ class CupyBackend(XpBackend):
         sums = gradients if fits else [None, None]
         if need_dx or any(sums):
             # rows that a block sums up first: 24, whose bytes are many against those of the sums.
-            # Of 32 * 32 such sums those of 32 blocks are added up, and then these
-            group = 24 * max(-(-n // (24 * 32 * 32)), 1)
+            # Of FAN * FAN such sums those of FAN blocks are added up, and then these
+            group = 24 * max(-(-n // (24 * _FAN * _FAN)), 1)
             n_groups = max(-(-n // group), 1)
             size = n_models * n_groups * n_columns * sum(a is not None for a in sums)
-            partial = self._partial(size, dy.dtype, n_models * (-(-n_groups // 32) + 1))
-            numbers = (*sizes, self._lanes(x), group, n_groups, *accumulate)
+            partial = self._partial(size, dy.dtype, n_models * (-(-n_groups // _FAN) + 1))
+            numbers = (*sizes, _row_lanes(x), group, n_groups, *accumulate)
             arguments = (_sized(dx), *sums, *partial, *inputs, *numbers)
             name = "layer_norm_backward"
             self._launch(name, dy.dtype, n_models * n_groups, *arguments, lanes=THREADS)
         if not fits and any(gradients):
-            self._column_sums(dy, (None, *gradients, None), inputs, False, True, sizes, accumulate)
+            outputs = (None, *gradients, None)
+            self._column_sums(dy, outputs, inputs, False, True, *sizes, *accumulate)
         return dx
 
     @_by_kernel("normalization.cu")
@@ -871,7 +872,7 @@ class CupyBackend(XpBackend):
         mean, rstd = (self.empty(running_mean.shape, x.dtype) for _ in range(2))
         n = sizes[1] * sizes[4]
         measured, running = ((mean, n), (rstd, n)), ((running_mean, n), (running_var, n))
-        tiles, tall = self._tiles(x)
+        tiles, tall = _batch_tiles(x)
         if training:
             partial = self._partial(2 * _TILE_WIDTH * tiles if tall else 0, x.dtype, tiles)
             options = (eps, momentum, *sizes)
@@ -904,12 +905,12 @@ class CupyBackend(XpBackend):
         batch, (w, *gradients), sizes = self._batches(x, weight, dweight, dbias)
         inputs = ((dy, x.size), batch, _sized(mean), _sized(rstd), w)
         dx = self.empty(dy.shape, dy.dtype) if need_dx else None
-        tiles, tall = self._tiles(dy)
+        tiles, tall = _batch_tiles(dy)
         twice = need_dx and training and tall
         sums = _sized(self.empty((2 * mean.size,), dy.dtype) if twice else None)
         if need_dx or any(gradients):
             outputs = (_sized(dx), *gradients, sums)
-            self._column_sums(dy, outputs, inputs, training, False, sizes, accumulate)
+            self._column_sums(dy, outputs, inputs, training, False, *sizes, *accumulate)
         if twice:
             arguments = (_sized(dx), *inputs, sums, *sizes)
             self._launch("batch_norm_backward_apply", dy.dtype, tiles, *arguments, lanes=THREADS)
@@ -920,19 +921,13 @@ class CupyBackend(XpBackend):
         dy: Array,
         outputs: Sequence[Sized | None],
         inputs: Sequence[Sized | None],
-        *options: Any,
+        *numbers: int,
     ) -> None:
         """Launch the kernel `batch_norm_backward`."""
-        tiles, tall = self._tiles(dy)
+        tiles, tall = _batch_tiles(dy)
         partial = self._partial(2 * _TILE_WIDTH * tiles if tall else 0, dy.dtype, tiles)
-        *flags, sizes, accumulate = options
-        arguments = (*outputs, *partial, *inputs, *flags, *sizes, *accumulate)
+        arguments = (*outputs, *partial, *inputs, *numbers)
         self._launch("batch_norm_backward", dy.dtype, tiles, *arguments, lanes=THREADS)
-
-    def _partial(self, size: int, dtype: Any, n_tickets: int) -> tuple[Sized | None, Sized]:
-        """Arguments of a kernel whose blocks leave sums for the last of them: space, tickets."""
-        space = self.empty((size,), dtype) if size else None
-        return _sized(space), (self._ticket(n_tickets), n_tickets)
 
     def _batches(
         self, x: Array, *vectors: Array | None
@@ -965,16 +960,6 @@ class CupyBackend(XpBackend):
         n_models = models[0] if models else 1
         return (x, x.size), arguments, (distance, n_models, n, x.size // n_columns, n_columns)
 
-    def _lanes(self, x: Array) -> int:
-        """Threads for a row: a warp, or a block if a warp's registers don't hold it."""
-        return 32 if x.shape[-1] * x.itemsize <= _ROW // WARPS else THREADS
-
-    def _tiles(self, x: Array) -> tuple[int, bool]:
-        """In how many tiles a kernel cuts the batches; whether they are higher than one."""
-        *models, n, n_columns = x.shape
-        down = max(-(-n // (_TILE // (_TILE_WIDTH * x.itemsize))), 1)
-        return math.prod(models) * -(-n_columns // _TILE_WIDTH) * down, down > 1
-
     # ---- optimizers ----------------------------------------------------------------------------
 
     @_by_kernel("optimizers.cu")
@@ -988,23 +973,20 @@ class CupyBackend(XpBackend):
         clip_norm: float | None,
     ) -> Update:
         """As in `XpBackend`, in one launch."""
-        value, groups, tiles = update.value, update.groups, _tiles(update.value)
+        value, groups, tiles = update.value, update.groups, _update_tiles(update.value)
         n_models, size = value.shape
-        scale = partial = None
-        if clip_norm is not None:
-            scale = self.empty((n_models,), value.dtype)
-            partial = self.empty((tiles,), _DTYPES["f64"])
+        scale = None if clip_norm is None else self.empty((n_models,), value.dtype)
+        squares = 0 if clip_norm is None else tiles
         self._launch(
             "condition",
             value.dtype,
             tiles,
             (update.grad, value.size),
             _sized(scale),
-            _sized(partial),
-            (self._ticket(n_models), n_models),
-            (value, value.size),
+            *self._partial(squares, _DTYPES["f64"], n_models),
+            _sized(value),
             (groups.ids, size // Groups.BLOCK),
-            (groups.table, groups.table.size),
+            _sized(groups.table),
             l1,
             l2,
             clip_value or 0.0,
@@ -1048,22 +1030,22 @@ class CupyBackend(XpBackend):
         self._launch(
             name,
             value.dtype,
-            _tiles(value),
+            _update_tiles(value),
             (value, n),
-            (state.log, state.log.size),
+            _sized(state.log),
             (state.counters, 2),
             (self._ticket(), 1),
             (update.grad, n),
-            None if update.scale is None else (update.scale, n_models),
-            None if update.loss is None else (update.loss, n_models),
+            _sized(update.scale, n_models),
+            _sized(update.loss, n_models),
             (state.device_rates, len(state.rates)),
             (groups.ids, size // Groups.BLOCK),
-            (groups.table, groups.table.size),
+            _sized(groups.table),
             update.decay,
             update.shrink,
             n_models,
             size,
-            *(None if slot is None else (slot, n) for slot in update.slots),
+            *(_sized(slot, n) for slot in update.slots),
             *hyper_parameters,
             lanes=THREADS,
         )
@@ -1088,11 +1070,11 @@ class CupyBackend(XpBackend):
                 "gather_rows",
                 None,
                 words,
-                *((a, a.size) for a in batch),
+                *map(_sized, batch),
                 *unused,
-                *((a, a.size) for a in sources),
+                *map(_sized, sources),
                 *unused,
-                (state.order, state.order.size),
+                _sized(state.order),
                 (state.counters, 2),
                 *widths,
                 *(0 for _ in unused),
@@ -1138,9 +1120,9 @@ def _bytes(n: int) -> str:
     return f"{size:.4g} {unit}"
 
 
-def _sized(a: Array | None) -> Any:
-    """An argument of `_launch` that is as long as it should be."""
-    return None if a is None else (a, a.size)
+def _sized(a: Array | None, size: int | None = None) -> Any:
+    """An argument of `_launch`: an array that has so many elements, or as many as it should."""
+    return None if a is None else (a, a.size if size is None else size)
 
 
 def _words(n: int) -> int:
@@ -1153,13 +1135,8 @@ def _packs(a: Array) -> int:
     return -(-int(a.nbytes) // 16)
 
 
-def _columns(itemsize: int) -> int:
-    """Columns that a block of `bias_backward` sums: 32 packs."""
-    return 512 // itemsize
-
-
 @functools.cache
-def _partition(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[int, int, int, int]:
+def _chunks(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[int, int, int, int]:
     """How `bias_backward` divides its sums among blocks: by the shape alone, so that they repeat.
 
     Returns:
@@ -1168,7 +1145,7 @@ def _partition(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[i
         models times groups of columns. Chunks of rows in each part, of at least 32 rows; about
         256 blocks are enough for any GPU. Rows of a chunk.
     """
-    of_block, sector = _columns(itemsize), 32 // itemsize
+    of_block, sector = _SUMMED // itemsize, 32 // itemsize
     together, unit = max(of_block // columns, 1), sector // math.gcd(sector, columns)
     width = columns * (together - together % unit or together)
     rows = -(-rows * columns // width)
@@ -1179,7 +1156,7 @@ def _partition(n_models: int, rows: int, columns: int, itemsize: int) -> tuple[i
 
 
 @functools.cache
-def _tile(width: int, itemsize: int) -> tuple[int, int]:
+def _staging(width: int, itemsize: int) -> tuple[int, int]:
     """Threads for each row of this width, and bytes of shared memory for a block's rows.
 
     Up to 1,024 elements a row has lanes of a warp, as many as keep each busy; beyond, or where the
@@ -1194,7 +1171,7 @@ def _tile(width: int, itemsize: int) -> tuple[int, int]:
 def _softmax_kernel(n_classes: int, itemsize: int, soft: bool) -> tuple[str, int, int]:
     """The kernel of `softmax_nll` for rows of this width, threads for each row, shared memory."""
     arrays = 1 + soft  # that are staged
-    lanes, shared = _tile(n_classes, arrays * itemsize)
+    lanes, shared = _staging(n_classes, arrays * itemsize)
     if shared:
         return "softmax_nll", lanes, shared + 16 * arrays
     shared = arrays * (n_classes * itemsize + 32)
@@ -1209,13 +1186,25 @@ def _parts(n: int, tile: int) -> tuple[int, int]:
     return rows, -(-n // rows)
 
 
-def _tiles(value: Array) -> int:
-    """Tiles of the flat vector `(K, P)`, of 2,048 elements (`TILE` of optimizers.cu) or a rest.
+def _row_lanes(x: Array) -> int:
+    """Threads for a row of `layer_norm`: a warp, or a block if a warp's registers don't hold it."""
+    return 32 if x.shape[-1] * x.itemsize <= _ROW // WARPS else THREADS
+
+
+def _batch_tiles(x: Array) -> tuple[int, bool]:
+    """In how many tiles `batch_norm` cuts the batches; whether they are higher than one."""
+    *models, n, n_columns = x.shape
+    down = max(-(-n // (_TILE // (_TILE_WIDTH * x.itemsize))), 1)
+    return math.prod(models) * -(-n_columns // _TILE_WIDTH) * down, down > 1
+
+
+def _update_tiles(value: Array) -> int:
+    """Tiles of the flat vector `(K, P)`, the last of each row a rest.
 
     At least one: a step is to be counted even if there is nothing to update.
     """
     n_models, size = value.shape
-    return int(max(n_models * -(-size // 2048), 1))
+    return int(max(n_models * -(-size // _UPDATE_TILE), 1))
 
 
 @functools.cache

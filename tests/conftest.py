@@ -14,6 +14,7 @@ from typing import Any
 import cuda_compilers
 import numpy as np
 import pytest
+from kernel_cases import limit_grid
 
 from nnx.backends import Backend, BackendUnavailable, available, get_backend
 from nnx.backends.base import Array, XpBackend
@@ -82,6 +83,13 @@ def dtype(request: pytest.FixtureRequest) -> Any:
 def rng() -> np.random.Generator:
     """Random numbers, the same in every run."""
     return np.random.default_rng(20240229)
+
+
+@pytest.fixture(params=[None, 2], ids=["whole grid", "two blocks"])
+def grids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid that a kernel asks for, and one that takes several passes."""
+    if request.param:
+        limit_grid(monkeypatch, request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,17 @@
 """What the tests of kernels share: sizes, special values, comparison, and the bytes moved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
+from oracles import assert_same_bits
 
 from nnx.backends import XpBackend, get_backend
 from nnx.backends.base import Array
 
 REFERENCE = XpBackend(np)
-# one element, around a warp, a mask byte, a block, and more than one pass of a grid of 32 blocks
+# one element, around a warp, a mask byte and a block
 SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1000]
 SHAPES = [(0, 5), (1, 1), (3, 31), (2, 32), (7, 33), (9, 257), (130, 10)]
 TOLERANCE: dict[Any, tuple[float, float]] = {
@@ -30,6 +32,14 @@ def close(actual: Array, expected: Any, dtype: Any, *, exact: bool = False) -> N
         np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
 
 
+def send(a: Any, offset: int = 0) -> Array:
+    """`a` on the device, C-contiguous, `offset` elements behind an address fit for vectors."""
+    cuda = get_backend("cupy")
+    there = cuda.xp.empty(a.size + offset, a.dtype)[offset:].reshape(a.shape)
+    there[...] = cuda.asarray(a)
+    return there
+
+
 def unpack(mask: np.ndarray, n: int) -> np.ndarray:
     """Bits of a packed mask, lowest first."""
     return np.unpackbits(mask.view(np.uint8), bitorder="little")[:n].astype(bool)
@@ -42,6 +52,47 @@ def special(rng: np.random.Generator, shape: Any, dtype: Any) -> np.ndarray:
     for i, value in enumerate([0.0, -0.0, np.inf, -np.inf, np.nan]):
         flat[i::17] = value
     return x
+
+
+def limit_grid(monkeypatch: pytest.MonkeyPatch, blocks: int) -> dict[str, int]:
+    """Launch every kernel on at most so many blocks.
+
+    Returns:
+        How many each asked for at the most, by name; filled as they are launched.
+    """
+    cuda: Any = get_backend("cupy")
+    prepare = type(cuda)._prepare
+    asked: dict[str, int] = {}
+
+    def limited(name: str, dtype: Any) -> tuple[Callable[..., None], Any]:
+        kernel, parameters = prepare(cuda, name, dtype)
+
+        def launch(grid: tuple[int], *rest: Any, **options: Any) -> None:
+            asked[name] = max(grid[0], asked.get(name, 0))
+            kernel((min(grid[0], blocks),), *rest, **options)
+
+        return launch, parameters
+
+    monkeypatch.setattr(cuda, "_kernels", {})
+    monkeypatch.setattr(cuda, "_prepare", limited)
+    return asked
+
+
+def same_bits_on_every_grid(call: Callable[[], Sequence[Array | None]]) -> None:
+    """Three grids, the last of a single block, which takes as many passes as there are blocks else.
+
+    Each kernel that `call` launches must ask for more than one block.
+    """
+    cuda: Any = get_backend("cupy")
+    found = []
+    for blocks in (2**31 - 1, 3, 1):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            asked = limit_grid(monkeypatch, blocks)
+            found.append([cuda.to_numpy(a) for a in call() if a is not None])
+            assert min(asked.values()) > 1, asked
+        assert not any(t.any() for tickets in cuda._tickets.values() for t in tickets)
+        for a, first in zip(found[-1], found[0], strict=True):
+            assert_same_bits(a, first)
 
 
 def traffic(call: Callable[[], Any], prefix: str = "") -> dict[str, int]:

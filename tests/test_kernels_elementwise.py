@@ -5,7 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import REFERENCE, SIZES, close, special, traffic, unpack
+from kernel_cases import (
+    REFERENCE,
+    SIZES,
+    close,
+    limit_grid,
+    same_bits_on_every_grid,
+    send,
+    special,
+    traffic,
+    unpack,
+)
 
 from nnx.backends import get_backend
 from nnx.backends.base import Array, Groups, Update
@@ -20,32 +30,6 @@ SHAPES: list[tuple[int, ...]] = [
     *[(100, 132), (40, 256), (3, 2, 5), (2, 70, 33), (3, 40, 64), (2, 1001, 8)],
 ]
 SEVERAL_PASSES = 5003  # of two blocks, with packs and without
-
-
-def limit_grid(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-    """Launch every kernel on at most so many blocks."""
-    cuda: Any = get_backend("cupy")
-    kernel = type(cuda)._kernel
-
-    def limited(file: str, name: str) -> Callable[..., None]:
-        return lambda grid, *rest: kernel(cuda, file, name)((min(grid[0], blocks),), *rest)
-
-    monkeypatch.setattr(cuda, "_kernel", limited)
-
-
-@pytest.fixture(params=[None, 2], ids=["whole grid", "two blocks"])
-def grids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grid that a launch asks for, and one that takes several passes."""
-    if request.param:
-        limit_grid(monkeypatch, request.param)
-
-
-def send(a: np.ndarray, offset: int = 0) -> Array:
-    """`a` on the device, C-contiguous, `offset` elements behind an address fit for vectors."""
-    cuda = get_backend("cupy")
-    there = cuda.xp.empty(a.size + offset, a.dtype)[offset:].reshape(a.shape)
-    there[...] = cuda.asarray(a)
-    return there
 
 
 def rows_of_models(a: np.ndarray, offset: int = 0) -> Array:
@@ -140,17 +124,11 @@ def test_bias_relu_backward(
 
 @gpu
 def test_bias_gradients_have_the_same_bits_on_every_grid(
-    dtype: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    dtype: Any, rng: np.random.Generator
 ) -> None:
-    cuda: Any = get_backend("cupy")
+    cuda = get_backend("cupy")
     dy = send(rng.standard_normal((600, 130)).astype(dtype))
-    bits = set()
-    for blocks in (1000, 1, 5):
-        limit_grid(monkeypatch, blocks)
-        out = cuda.empty((130,), dtype)
-        bits.add(cuda.to_numpy(cuda.bias_grad(dy, out)).tobytes())
-        assert not cuda._ticket().any()
-    assert len(bits) == 1
+    same_bits_on_every_grid(lambda: [cuda.bias_grad(dy, cuda.empty((130,), dtype))])
 
 
 @gpu

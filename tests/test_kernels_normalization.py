@@ -12,7 +12,7 @@ from typing import Any
 import layer_oracles
 import numpy as np
 import pytest
-from kernel_cases import REFERENCE, TOLERANCE, traffic
+from kernel_cases import REFERENCE, TOLERANCE, same_bits_on_every_grid, send, traffic
 from oracles import assert_same_bits
 from test_gpu_step import counted, quiet
 
@@ -212,19 +212,13 @@ def test_any_layout(kind: str, dtype: Any, rng: np.random.Generator) -> None:
     cuda = get_backend("cupy")
     xp = cuda.xp
 
-    def unaligned(b: Array) -> Array:
-        """The same values, one element behind a boundary of 16 bytes."""
-        wide = xp.empty(b.size + 1, b.dtype)
-        wide[1:] = b.reshape(-1)
-        return wide[1:].reshape(b.shape)
-
     def strided(b: Array) -> Array:
         wide = xp.full((2 * len(b), *b.shape[1:]), np.nan, b.dtype)
         wide[::2] = b
         return wide[::2]
 
     layouts: list[Callable[[Array], Array]] = [
-        unaligned,
+        lambda b: send(b, 1),
         strided,
         lambda b: xp.asfortranarray(b),
         lambda b: cuda.asarray(b[::-1])[::-1],
@@ -237,7 +231,7 @@ def test_any_layout(kind: str, dtype: Any, rng: np.random.Generator) -> None:
             there |= {name: layout(there[name]) for name in ("x", "dy")}
             check(kind, a | {n: cuda.to_numpy(there[n]) for n in ("x", "dy")}, there)
         there = on(cuda, a)
-        check(kind, a, {n: None if b is None else unaligned(b) for n, b in there.items()})
+        check(kind, a, {n: None if b is None else send(b, 1) for n, b in there.items()})
 
 
 @gpu
@@ -370,29 +364,20 @@ def test_sums_depend_on_the_shape_alone(
     shape: tuple[int, int],
     dtype: Any,
     rng: np.random.Generator,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same bits from run to run, from unaligned memory, and from a grid of other size."""
-    cuda: Any = get_backend("cupy")
+    cuda = get_backend("cupy")
     a = case(kind, shape, rng, dtype)
-
-    def unaligned(b: Array) -> Array:
-        wide = cuda.xp.empty(b.size + 1, b.dtype)
-        wide[1:] = b.reshape(-1)
-        return wide[1:].reshape(b.shape)
-
     first = run(cuda, kind, on(cuda, a))
-    elsewhere = {n: None if b is None else unaligned(b) for n, b in on(cuda, a).items()}
-    results = [run(cuda, kind, on(cuda, a)), run(cuda, kind, elsewhere)]
-    monkeypatch.setattr(cuda, "_multiprocessors", 1)  # at most 32 blocks
-    results.append(run(cuda, kind, on(cuda, a)))
-    for found in results:
+    elsewhere = {n: None if b is None else send(b, 1) for n, b in a.items()}
+    for found in (run(cuda, kind, on(cuda, a)), run(cuda, kind, elsewhere)):
         for name, b in first.items():
             assert_same_bits(found[name], b)
+    same_bits_on_every_grid(lambda: list(run(cuda, kind, on(cuda, a)).values()))
 
 
 @gpu
-@each([(3, 5), (49, 12), (2, 1032)], [(3, 5), (70, 12)])
+@each([(3, 5), (49, 12), (2, 1032), (800, 2)], [(3, 5), (70, 12), (1030, 2)])
 def test_kernels_are_free_of_data_races(
     kind: str, shape: tuple[int, int], rng: np.random.Generator
 ) -> None:
@@ -400,20 +385,6 @@ def test_kernels_are_free_of_data_races(
     cuda = get_backend("cupy")
     a = case(kind, shape, rng, np.float32)
     run(cuda, kind, on(cuda, a))  # compiled, and its tickets made
-    with cudasim.option("racecheck", 1):
-        run(cuda, kind, on(cuda, a))
-        cuda.synchronize()
-
-
-@gpu
-@each([(800, 2)], [(1030, 2)])
-def test_sums_of_many_blocks_are_free_of_data_races(
-    kind: str, shape: tuple[int, int], rng: np.random.Generator
-) -> None:
-    cudasim = pytest.importorskip("cudasim", reason="the race check is the simulator's")
-    cuda = get_backend("cupy")
-    a = case(kind, shape, rng, np.float32)
-    run(cuda, kind, on(cuda, a))
     with cudasim.option("racecheck", 1):
         run(cuda, kind, on(cuda, a))
         cuda.synchronize()

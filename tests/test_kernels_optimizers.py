@@ -4,7 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import REFERENCE, TOLERANCE, close, special, traffic
+from kernel_cases import (
+    REFERENCE,
+    TOLERANCE,
+    close,
+    limit_grid,
+    same_bits_on_every_grid,
+    special,
+    traffic,
+)
 
 from nnx.backends import get_backend
 from nnx.backends.arena import Arena
@@ -44,16 +52,10 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 each = pytest.mark.parametrize("name", CASES)
 every_condition = pytest.mark.parametrize("condition", CONDITIONS)
 # models, elements of each, elements before the first; a block takes 2048 elements of a model at a
-# time, and 40 models are more than one pass of the grid
+# time
 SHAPES = [(1, 64, 0), (3, 448, 0), (3, 448, 1), (40, 64, 0), (2, 2112, 0)]
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 RATES = np.array([0.1, 0.05, 0.2])
-
-
-@pytest.fixture(autouse=True)
-def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid of at most 32 blocks."""
-    monkeypatch.setitem(vars(get_backend("cupy")), "_multiprocessors", 1)
 
 
 def runs(size: int) -> list[tuple[int, int, float, float]]:
@@ -138,6 +140,7 @@ def agree(device: Run, reference: Run) -> None:
 
 
 @gpu
+@pytest.mark.usefixtures("grids")
 @each
 @each_shape
 def test_optimizers(name: str, shape: tuple[int, int, int], dtype: Any) -> None:
@@ -198,6 +201,7 @@ def test_a_vector_of_nothing_counts_its_step(dtype: Any) -> None:
 
 
 @gpu
+@pytest.mark.usefixtures("grids")
 @every_condition
 @each_shape
 def test_condition(condition: str, shape: tuple[int, int, int], dtype: Any) -> None:
@@ -256,16 +260,14 @@ def test_condition_of_gradients_that_are_not_finite(dtype: Any) -> None:
 
 
 @gpu
-def test_the_norm_does_not_depend_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda: Any = get_backend("cupy")
-    found = []
-    for multiprocessors in (1, 2):  # 40 tiles in two passes, and in one
-        monkeypatch.setitem(vars(cuda), "_multiprocessors", multiprocessors)
-        for _ in range(2):
-            run = Run(cuda, np.dtype(np.float32), (10, 8128, 0), "sgd")
-            found.append(cuda.to_numpy(run.update(0, "norm").scale))
-    for scale in found[1:]:
-        np.testing.assert_array_equal(scale, found[0])
+def test_norm_and_step_do_not_depend_on_the_grid(dtype: Any) -> None:
+    def step() -> list[Array | None]:
+        run = Run(get_backend("cupy"), dtype, (3, 8128, 0), "adam")
+        update = run.update(0, "norm")
+        run.apply(update)
+        return [update.scale, run.value, *run.slots]
+
+    same_bits_on_every_grid(step)
 
 
 # ---- what the device does ----------------------------------------------------------------------
@@ -333,10 +335,10 @@ def test_optimizers_are_free_of_data_races(name: str) -> None:
 
 
 @gpu
-def test_blocks_of_several_tiles_are_free_of_data_races() -> None:
+def test_blocks_of_several_tiles_are_free_of_data_races(monkeypatch: pytest.MonkeyPatch) -> None:
     cudasim = pytest.importorskip("cudasim", reason="the race check is the simulator's")
-    # block 0 takes the first tile of model 0 and the last of model 10, which has other settings
-    run = Run(get_backend("cupy"), np.dtype(np.float32), (11, 4224, 0), "momentum")
+    limit_grid(monkeypatch, 2)  # of 6 tiles; the last of each model has other settings
+    run = Run(get_backend("cupy"), np.dtype(np.float32), (2, 4224, 0), "momentum")
     run.apply(run.update(0, "l2"))
     with cudasim.option("racecheck", 1):
         run.apply(run.update(1, "l2"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import REFERENCE, close, special, traffic
+from kernel_cases import REFERENCE, close, same_bits_on_every_grid, send, special, traffic
 from oracles import cross_entropy
 
 from nnx.backends import Backend, get_backend
@@ -266,18 +266,13 @@ def test_softmax_nll_agrees_with_the_loops(
 def test_softmax_nll_of_rows_that_begin_anywhere(
     shape: tuple[int, int], offset: int, dtype: Any, rng: np.random.Generator
 ) -> None:
-    def send(a: Any) -> Any:
-        if not isinstance(a, np.ndarray):
-            return a
-        whole = get_backend("cupy").xp.zeros(a.size + offset, a.dtype)
-        view = whole[offset:].reshape(a.shape)
-        view[...] = to_device(a)
-        return view
+    def unaligned(a: Any) -> Any:
+        return send(a, offset) if isinstance(a, np.ndarray) else a
 
     logits = (5 * rng.standard_normal(shape)).astype(dtype)
-    check(logits, rng.integers(0, shape[1], shape[0]), send)
+    check(logits, rng.integers(0, shape[1], shape[0]), unaligned)
     target = rng.dirichlet(np.ones(shape[1]), shape[0]).astype(dtype)
-    check(logits, target, send, **options_for(shape, dtype, rng))
+    check(logits, target, unaligned, **options_for(shape, dtype, rng))
 
 
 @gpu
@@ -363,6 +358,19 @@ def test_every_way_repeats_bit_for_bit_and_models_do_not_mix(
             one, its = cuda.softmax_nll(logits[i].copy(), labels[i])
             np.testing.assert_array_equal(cuda.to_numpy(one), loss[i])
             np.testing.assert_array_equal(cuda.to_numpy(its), gradient[i])
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(600, 10), (5, 1100), (4, 12100)])
+def test_softmax_nll_does_not_depend_on_the_grid(
+    shape: tuple[int, int], dtype: Any, rng: np.random.Generator
+) -> None:
+    logits = to_device(rng.standard_normal(shape).astype(dtype))
+    labels = to_device(rng.integers(0, shape[1], shape[0]))
+    options: dict[str, Any] = {}
+    if shape[0] == 600:  # enough rows for several blocks of the kernel of the weights
+        options = {k: to_device(v) for k, v in options_for(shape, dtype, rng).items()}
+    same_bits_on_every_grid(lambda: get_backend("cupy").softmax_nll(logits, labels, **options))
 
 
 @gpu
@@ -596,6 +604,26 @@ def test_add_sums(
         found.append(backend.to_numpy(total))
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_allclose(found[0].reshape(start.shape), expected, rtol=1e-13, atol=1e-12)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(300, 10), (5, 1100)])
+def test_metrics_do_not_depend_on_the_grid(
+    shape: tuple[int, int], dtype: Any, rng: np.random.Generator
+) -> None:
+    cuda, zeros = get_backend("cupy"), get_backend("cupy").xp.zeros
+    scores = to_device(rng.standard_normal(shape).astype(dtype))
+    labels = to_device(rng.integers(0, shape[1], shape[0]))
+    terms = to_device(rng.standard_normal((9000, 1)).astype(dtype))
+
+    def run() -> list[Array]:
+        total, table, sums = zeros(2, np.int64), zeros((shape[1],) * 2, np.int64), zeros(1)
+        cuda.count_correct(scores, labels, total, k=2, ignore_index=1)
+        cuda.confusion(scores, labels, table)
+        cuda.add_sums(terms, sums)
+        return [total, table, sums]
+
+    same_bits_on_every_grid(run)
 
 
 # Scores and 8 bytes of label for each row come in; a total goes out. For a sum the terms come in.

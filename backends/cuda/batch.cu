@@ -31,8 +31,8 @@ __device__ inline void copy_word(const Rows& a, const i64* order, i64 i)
     }
 }
 
-// Row i of each y is row order[counters[1] * batch_size + i] of its x, for i < n. Rows are copied as
-// bytes, so one kernel serves every dtype; w is a row's width in bytes, 0 where there is no x.
+// Row i of each y is row order[counters[1] * batch_size + i] of its x, for i < n. Rows are copied
+// as bytes, so one kernel serves every dtype; w is a row's width in bytes, 0 where there is no x.
 extern "C" __global__ void gather_rows(void* y0, void* y1, void* y2, const void* x0, const void* x1,
                                        const void* x2, const i64* order, const i64* counters,
                                        i64 w0, i64 w1, i64 w2, i64 batch_size, i64 n)

@@ -29,7 +29,10 @@ __device__ inline float4 vector_of(const Pack<float>& v)
 {
     return make_float4(v.at[0], v.at[1], v.at[2], v.at[3]);
 }
-__device__ inline double2 vector_of(const Pack<double>& v) { return make_double2(v.at[0], v.at[1]); }
+__device__ inline double2 vector_of(const Pack<double>& v)
+{
+    return make_double2(v.at[0], v.at[1]);
+}
 __device__ inline Pack<float> pack_of(const float4& w) { return {{w.x, w.y, w.z, w.w}}; }
 __device__ inline Pack<double> pack_of(const double2& w) { return {{w.x, w.y}}; }
 
@@ -55,47 +58,38 @@ __device__ inline void store_pack(T* p, const Pack<T, V>& v, i64 left = V)
         if (j < left) p[j] = v.at[j];
 }
 
+template <int V> struct Width {
+    __device__ constexpr operator int() const { return V; }
+};
+
+// Calls f(width) where width is how many T to take at a time: a pack, or one.
+template <typename T, class F> __device__ inline void by_width(bool packed, F f)
+{
+    if (packed)
+        f(Width<pack_size<T>>());
+    else
+        f(Width<1>());
+}
+
 // a / b, neither negative: a 32-bit division where that is enough is several times cheaper.
 __device__ inline i64 quotient(i64 a, i64 b)
 {
     return (a | b) >> 31 ? a / b : (i64)((u32)a / (u32)b);
 }
 
+__device__ inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// The place of row i of model k, which has n, in an array with rows of its own for each model, or
+// with n that are for all.
+__device__ inline i64 row_of(i64 k, i64 i, i64 n, i64 n_rows)
+{
+    return n_rows == n ? i : k * n + i;
+}
+
 __device__ inline void lowest(float& x) { x = __int_as_float(0xff800000); }
 __device__ inline void lowest(double& x) { x = __longlong_as_double(0xfff0000000000000ll); }
 __device__ inline void not_a_number(float& x) { x = __int_as_float(0x7fffffff); }
 __device__ inline void not_a_number(double& x) { x = __longlong_as_double(0x7fffffffffffffffll); }
-
-// The butterfly gives every lane the same sum, added in the same order.
-template <typename T> __device__ inline T warp_sum(T v)
-{
-    for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(ALL, v, lane);
-    return v;
-}
-
-template <typename T> __device__ inline T warp_max(T v)
-{
-    for (int lane = 16; lane > 0; lane /= 2) {
-        T other = __shfl_xor_sync(ALL, v, lane);
-        v = other > v ? other : v;
-    }
-    return v;
-}
-
-// Sum over the block, valid in thread 0. May be called again at once.
-template <typename T> __device__ inline T block_sum(T v)
-{
-    __shared__ T partial[WARPS];
-    v = warp_sum(v);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-    __syncthreads();
-    T total = T(0);
-    if (threadIdx.x == 0) {
-        for (int w = 0; w < WARPS; ++w) total += partial[w];
-    }
-    __syncthreads();
-    return total;
-}
 
 // True in every thread of the block that comes last of n, by default of the grid; it then sees what
 // all others have written. The ticket is an integer, 0 before and 0 after.
@@ -118,7 +112,16 @@ template <typename T> __device__ inline T read_shared(const T* p)
     return *(const volatile T*)p;
 }
 
-// ---- teams: the threads that share a row, and what they find out together -------------------------
+// The sum of such values, `apart` from each other, in order; there is one at least.
+template <typename T> __device__ inline T sum_shared(const T* p, i64 count, i64 apart)
+{
+    T sum = read_shared(p);
+#pragma unroll 8
+    for (i64 i = 1; i < count; ++i) sum += read_shared(p + i * apart);
+    return sum;
+}
+
+// ---- teams: the threads that share a row, and what they find out together -----------------------
 
 template <typename T> __device__ inline T shuffle(T v, int distance)
 {
@@ -130,7 +133,7 @@ struct Lanes {
     int size;
     __device__ int rank() const { return threadIdx.x & (size - 1); }
 
-    // f over the values of all, in every thread; f(a, b) must be f(b, a).
+    // f over the values of all, in every thread and in one order; f(a, b) must be f(b, a).
     template <typename T, class F> __device__ T reduce(T v, F f) const
     {
         for (int d = size / 2; d > 0; d /= 2) v = f(v, shuffle(v, d));
@@ -159,10 +162,14 @@ struct Plus {
     template <typename T> __device__ T operator()(T a, T b) const { return a + b; }
 };
 
+struct Larger {
+    template <typename T> __device__ T operator()(T a, T b) const { return b > a ? b : a; }
+};
+
 // to[i] = from[i] for i < n, by the block; 16 bytes at a time if both are as far from a boundary.
 template <typename T> __device__ inline void block_copy(T* to, const T* from, int n)
 {
-    const int width = 16 / sizeof(T);
+    const int width = pack_size<T>;
     int head = min(n, (int)(-(u64)from / sizeof(T) % width));
     if (((u64)to - (u64)from) % 16) head = n;
     int packs = (n - head) / width, tail = head + packs * width;

@@ -27,9 +27,9 @@ template <typename T, int V> __device__ inline void drop(Pack<T, V>& v, u32 kept
 }
 
 // y[i] = kept ? x[i] * scale : 0. A lane makes one Philox block, eight 32-bit words, and with them
-// one byte of the mask: bit i % 8 of byte i / 8 is set where x[i] is kept. Then the warp goes through
-// its 256 elements, V to a lane, so that neighbors load from neighboring addresses.
-// NumPy's first block is at counter 1. counters[0] is the number of the step.
+// one byte of the mask: bit i % 8 of byte i / 8 is set where x[i] is kept. Then the warp goes
+// through its 256 elements, V to a lane, so that neighbors load from neighboring addresses. NumPy's
+// first block is at counter 1. counters[0] is the number of the step.
 template <int V, typename T>
 __device__ void dropout(T* y, u8* mask, const T* x, const i64* counters, u64 seed, u64 stream,
                         u64 use, u64 threshold, double scale, i64 n)
@@ -37,7 +37,7 @@ __device__ void dropout(T* y, u8* mask, const T* x, const i64* counters, u64 see
     u64 number = (u64)counters[0];
     T factor = T(scale);
     int lane = threadIdx.x % 32;
-    i64 step = (i64)gridDim.x * THREADS, n_blocks = (n + 7) / 8;
+    i64 step = (i64)gridDim.x * THREADS, n_blocks = ceil_div(n, 8);
     for (i64 b = (i64)blockIdx.x * THREADS + threadIdx.x; b - lane < n_blocks; b += step) {
         Block random = philox((u64)b + 1, use, number, seed, stream);
         u32 kept = 0;
@@ -74,18 +74,16 @@ __device__ void dropout_backward(T* dx, const T* dy, const u8* mask, double scal
                                            u64 seed, u64 stream, u64 use, u64 threshold,          \
                                            double scale, i64 n)                                   \
     {                                                                                             \
-        if (aligned16(y, x))                                                                      \
-            dropout<pack_size<T>>(y, mask, x, counters, seed, stream, use, threshold, scale, n);  \
-        else                                                                                      \
-            dropout<1>(y, mask, x, counters, seed, stream, use, threshold, scale, n);             \
+        by_width<T>(aligned16(y, x), [&](auto V) {                                                \
+            dropout<V>(y, mask, x, counters, seed, stream, use, threshold, scale, n);             \
+        });                                                                                       \
     }                                                                                             \
     extern "C" __global__ void dropout_backward_##S(T* dx, const T* dy, const u8* mask,           \
                                                     double scale, i64 n)                          \
     {                                                                                             \
-        if (aligned16(dx, dy))                                                                    \
-            dropout_backward<pack_size<T>>(dx, dy, mask, scale, n);                               \
-        else                                                                                      \
-            dropout_backward<1>(dx, dy, mask, scale, n);                                          \
+        by_width<T>(aligned16(dx, dy), [&](auto V) {                                              \
+            dropout_backward<V>(dx, dy, mask, scale, n);                                          \
+        });                                                                                       \
     }
 INSTANTIATE(float, f32)
 INSTANTIATE(double, f64)

@@ -18,17 +18,17 @@ template <typename T> __device__ inline Best<T> shuffle(Best<T> best, int distan
     return {shuffle(best.score, distance), shuffle(best.j, distance)};
 }
 
-// Where a thread begins with a row z: in global memory so that a warp reads from a boundary on, which
-// may be before the row.
+// Where a thread begins with a row z: in global memory so that a warp reads from a boundary on,
+// which may be before the row.
 template <typename T> __device__ inline i64 begin(Lanes team, const T* z) { return team.rank(); }
 template <typename T> __device__ inline i64 begin(WholeBlock team, const T* z)
 {
     return team.rank() - (i64)((u64)z / sizeof(T) % 32);
 }
 
-// Calls f(team, k, i, z, there) in all threads of a block for rows i of model k, whose `width` scores
-// are z; a thread for which `there` is false has another's row. A row has `lanes` threads: up to 32,
-// and a block takes a tile of rows by way of shared memory; or a block.
+// Calls f(team, k, i, z, there) in all threads of a block for rows i of model k, whose `width`
+// scores are z; a thread for which `there` is false has another's row. A row has `lanes` threads:
+// up to 32, and a block takes a tile of rows by way of shared memory; or a block.
 template <typename T, class F>
 __device__ inline void each_row(const T* scores, i64 n_models, i64 n, i64 width, i64 lanes, F f)
 {
@@ -38,11 +38,11 @@ __device__ inline void each_row(const T* scores, i64 n_models, i64 n, i64 width,
             f(WholeBlock(), r / n, r % n, scores + r * width, true);
         return;
     }
-    i64 tile = THREADS / lanes, tiles = (n + tile - 1) / tile, mine = threadIdx.x / lanes;
+    i64 tile = THREADS / lanes, tiles = ceil_div(n, tile), mine = threadIdx.x / lanes;
     for (i64 t = blockIdx.x; t < n_models * tiles; t += gridDim.x) {
         i64 k = t / tiles, i = (t - k * tiles) * tile, m = min(tile, n - i);
         const T* z = scores + (k * n + i) * width;
-        T* kept = (T*)space + (u64)z / sizeof(T) % (16 / sizeof(T));
+        T* kept = (T*)space + (u64)z / sizeof(T) % pack_size<T>;
         block_copy(kept, z, m * width);
         __syncthreads();
         i64 row = min(mine, m - 1);
@@ -51,8 +51,9 @@ __device__ inline void each_row(const T* scores, i64 n_models, i64 n, i64 width,
     }
 }
 
-// Adds to total[k] how many of model k's n rows have their label among the `top` first classes. With
-// `ignores`, rows of label `ignore` are left out, and total[n_models + k] gets how many are not.
+// Adds to total[k] how many of model k's n rows have their label among the `top` first classes.
+// With `ignores`, rows of label `ignore` are left out, and total[n_models + k] gets how many are
+// not.
 template <typename T>
 __device__ void count_correct(i64* total, const T* scores, const i64* labels, i64 lanes,
                               i64 n_models, i64 n, i64 n_classes, i64 n_labels, i64 top, i64 ignore,
@@ -60,7 +61,7 @@ __device__ void count_correct(i64* total, const T* scores, const i64* labels, i6
 {
     each_row(scores, n_models, n, n_classes, lanes,
              [&](auto team, i64 k, i64 i, const T* z, bool there) {
-                 i64 label = labels[n_labels == n ? i : k * n + i];
+                 i64 label = labels[row_of(k, i, n, n_labels)];
                  bool valid = label >= 0 && label < n_classes;
                  T score = z[valid ? label : 0];
                  i64 rank = 0;
@@ -85,7 +86,7 @@ __device__ void confusion(i64* total, const T* scores, const i64* predicted, con
 {
     each_row(scores, n_models, n, width, lanes,
              [&](auto team, i64 k, i64 i, const T* z, bool there) {
-                 i64 label = labels[n_labels == n ? i : k * n + i], p = 0;
+                 i64 label = labels[row_of(k, i, n, n_labels)], p = 0;
                  if (predicted) {
                      p = predicted[k * n + i];
                  } else if (by_threshold) {
@@ -104,14 +105,14 @@ __device__ void confusion(i64* total, const T* scores, const i64* predicted, con
              });
 }
 
-// Adds to total[k, c] the sum of model k's n terms of column c, in float64. A block takes `part` rows,
-// the last block adds up in order.
+// Adds to total[k, c] the sum of model k's n terms of column c, in float64. A block takes `part`
+// rows, the last block adds up in order.
 template <typename T>
 __device__ void add_sums(double* total, double* partial, u32* ticket, const T* terms, i64 n_models,
                          i64 n, i64 columns, i64 part)
 {
     __shared__ double sums[THREADS];
-    i64 parts = (n + part - 1) / part;
+    i64 parts = ceil_div(n, part);
     int t = threadIdx.x;
     for (i64 p = blockIdx.x; p < n_models * parts; p += gridDim.x) {
         i64 k = p / parts, first = (p - k * parts) * part, stop = min(first + part, n);
@@ -136,10 +137,7 @@ __device__ void add_sums(double* total, double* partial, u32* ticket, const T* t
     if (!last_block(ticket)) return;
     for (i64 i = t; i < n_models * columns; i += THREADS) {
         i64 k = i / columns;
-        double sum = 0;
-        for (i64 p = 0; p < parts; ++p)
-            sum += read_shared(partial + (k * parts + p) * columns + i - k * columns);
-        total[i] += sum;
+        total[i] += sum_shared(partial + k * (parts - 1) * columns + i, parts, columns);
     }
 }
 

@@ -7,48 +7,28 @@
 //
 // How a sum is divided among lanes, warps and blocks follows from shape and dtype alone. Squares
 // are those of differences, summed in a second pass over registers: E[x^2] - E[x]^2 would cancel.
+//
+// Registers hold what a block works on, so that memory is read once; no architecture spills. Of the
+// forward kernels two blocks fit on a multiprocessor, of layer_norm since it is bounded to 128
+// registers. Of the backward kernels, with up to 228, one has to be enough: with 128 they spill,
+// and with smaller tiles more batches are higher than one and are read twice. Their grids are
+// short, a block for WIDTH columns or for 24 rows or more, and each thread has 32 loads under way
+// at once.
 
-#define FAN 32   // partial sums that one block adds up
-#define WIDTH 8  // columns of a block: at least one sector of 32 bytes
-
-// True in every thread of the block that is the last of n to ask; it then sees what all others have
-// written. The ticket is 0 before and after.
-__device__ inline bool last_of(u32* ticket, i64 n)
-{
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicInc(ticket, (u32)(n - 1)) == (u32)(n - 1);
-        __threadfence();
-    }
-    __syncthreads();
-    return last;
-}
-
-// The row of x behind row r of y.
-__device__ inline i64 source(i64 r, i64 n, i64 n_x) { return n_x == n ? r % n : r; }
+#define FAN 32  // partial sums that one block adds up
+#define WIDTH 8 // columns of a block: at least one sector of 32 bytes
 
 // ---- over the features: `lanes` threads share a row, a warp or the whole block ------------------
 
 template <typename T> __device__ inline T row_sum(T v, int lanes)
 {
-    __shared__ T partial[WARPS];
-    v = warp_sum(v);
-    if (lanes == 32) return v;
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-    __syncthreads();
-    T total = partial[0];
-    for (int w = 1; w < WARPS; ++w) total += partial[w];
-    __syncthreads();
-    return total;
+    return lanes == 32 ? Lanes{32}.reduce(v, Plus()) : WholeBlock().reduce(v, Plus());
 }
 
 // The columns of a row that belong to a thread: packs of 16 bytes if the row is a multiple of that,
 // else single ones `lanes` apart. Those that come first have a slot in registers.
 template <typename T> struct Columns {
-    static constexpr int PACK = 16 / sizeof(T), SLOTS = 64 / sizeof(T);
-    struct alignas(16) Pack { T at[PACK]; };
+    static constexpr int PACK = pack_size<T>, SLOTS = 64 / sizeof(T);
     i64 n;
     int lanes, lane, start, apart;
     u32 mine; // bit s is set if slot s has a column
@@ -77,17 +57,17 @@ template <typename T> struct Columns {
     {
         for (i64 c = SLOTS * lanes + lane; c < n; c += lanes) f(c);
     }
-    __device__ bool packed(const T* row) const { return apart == 1 && (u64)row % 16 == 0; }
+    __device__ bool packed(const T* row) const { return apart == 1 && aligned16(row); }
 
-    // f(slot, row[column])
+    // f(slot, row[column]). Not by load_pack: here it takes 20 registers more.
     template <typename F> __device__ void read(const T* row, F f) const
     {
         bool whole = packed(row);
 #pragma unroll
         for (int s = 0; s < SLOTS; s += PACK) {
-            Pack v;
+            Pack<T> v;
             if (whole) {
-                if (mine >> s & 1) v = *(const Pack*)(row + column(s));
+                if (mine >> s & 1) v = *(const Pack<T>*)(row + column(s));
             } else {
 #pragma unroll
                 for (int e = 0; e < PACK; ++e) {
@@ -106,11 +86,11 @@ template <typename T> struct Columns {
         bool whole = packed(row);
 #pragma unroll
         for (int s = 0; s < SLOTS; s += PACK) {
-            Pack v;
+            Pack<T> v;
 #pragma unroll
             for (int e = 0; e < PACK; ++e) v.at[e] = at[s + e];
             if (whole) {
-                if (mine >> s & 1) *(Pack*)(row + column(s)) = v;
+                if (mine >> s & 1) *(Pack<T>*)(row + column(s)) = v;
             } else {
 #pragma unroll
                 for (int e = 0; e < PACK; ++e) {
@@ -131,7 +111,8 @@ __device__ void layer_norm(T* y, T* mean, T* rstd, const T* x, const T* weight, 
     int at_once = THREADS / lanes;
     for (i64 r = (i64)blockIdx.x * at_once + threadIdx.x / lanes; r < n_models * n;
          r += (i64)gridDim.x * at_once) {
-        const T* from = x + source(r, n, n_x) * n_columns;
+        i64 k = quotient(r, n);
+        const T* from = x + row_of(k, r - k * n, n, n_x) * n_columns;
         T v[own.SLOTS] = {}, shift = T(0), squares = T(0);
         own.read(from, [&](int s, T a) { v[s] = a; });
         if (mean) {
@@ -150,8 +131,8 @@ __device__ void layer_norm(T* y, T* mean, T* rstd, const T* x, const T* weight, 
             if (mean) mean[r] = shift;
             rstd[r] = scale;
         }
-        const T* w = weight ? weight + r / n * stride : nullptr;
-        const T* b = bias ? bias + r / n * stride : nullptr;
+        const T* w = weight ? weight + k * stride : nullptr;
+        const T* b = bias ? bias + k * stride : nullptr;
         T* to = y + r * n_columns;
         own.each([&](int s) { v[s] *= scale; });
         if (w) own.read(w, [&](int s, T a) { v[s] *= a; });
@@ -163,14 +144,6 @@ __device__ void layer_norm(T* y, T* mean, T* rstd, const T* x, const T* weight, 
             to[c] = b ? a + b[c] : a;
         });
     }
-}
-
-template <typename T> __device__ inline T add_up(const T* from, i64 count, i64 apart)
-{
-    T total = read_shared(from);
-#pragma unroll 8
-    for (i64 i = 1; i < count; ++i) total += read_shared(from + i * apart);
-    return total;
 }
 
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, unless dx is null; and
@@ -186,7 +159,7 @@ __device__ void layer_norm_backward(T* dx, T* dweight, T* dbias, T* partial, u32
                                     i64 add_weight, i64 add_bias)
 {
     Columns<T> own(n_columns, lanes);
-    i64 nodes = (n_groups + FAN - 1) / FAN;
+    i64 nodes = ceil_div(n_groups, FAN);
     i64 before = dweight ? n_columns : 0, width = before + (dbias ? n_columns : 0);
     for (i64 item = blockIdx.x; item < n_models * n_groups; item += gridDim.x) {
         i64 k = item / n_groups, g = item % n_groups, end = min((g + 1) * group, n);
@@ -194,7 +167,7 @@ __device__ void layer_norm_backward(T* dx, T* dweight, T* dbias, T* partial, u32
         T dw[own.SLOTS] = {}, db[own.SLOTS] = {};
         for (i64 i = g * group + threadIdx.x / lanes; i < end; i += THREADS / lanes) {
             i64 r = k * n + i;
-            const T *from = x + (n_x == n ? i : r) * n_columns, *above = dy + r * n_columns;
+            const T *from = x + row_of(k, i, n, n_x) * n_columns, *above = dy + r * n_columns;
             T shift = mean ? mean[r] : T(0), scale = rstd[r];
             T xhat[own.SLOTS] = {}, d[own.SLOTS] = {}, along = T(0), level = T(0);
             own.read(from, [&](int s, T a) { xhat[s] = (a - shift) * scale; });
@@ -247,18 +220,18 @@ __device__ void layer_norm_backward(T* dx, T* dweight, T* dbias, T* partial, u32
 
         i64 node = g / FAN, members = min(n_groups - node * FAN, (i64)FAN), apart = width;
         u32* ticket = tickets + k * (nodes + 1);
-        if (!last_of(ticket + node, members)) continue;
+        if (!last_block(ticket + node, members)) continue;
         if (nodes > 1) {
             T* at = of_model + node * FAN * width;
             for (i64 c = threadIdx.x; c < width; c += THREADS)
-                at[c] = add_up(at + c, members, apart);
-            if (!last_of(ticket + nodes, nodes)) continue;
+                at[c] = sum_shared(at + c, members, apart);
+            if (!last_block(ticket + nodes, nodes)) continue;
             apart = FAN * width;
             members = nodes;
         }
         for (i64 c = threadIdx.x; c < width; c += THREADS) {
             T* out = (c < before ? dweight + c : dbias + (c - before)) + k * stride;
-            T sum = add_up(of_model + c, members, apart);
+            T sum = sum_shared(of_model + c, members, apart);
             *out = (c < before ? add_weight : add_bias) ? *out + sum : sum;
         }
     }
@@ -291,8 +264,8 @@ template <typename T> struct Tile {
     i64 batch, vector, one; // where x and dy, the statistics and the only batch of x begin
 
     __device__ Tile(i64 n, i64 n_columns)
-        : n(n), n_columns(n_columns), across((n_columns + WIDTH - 1) / WIDTH),
-          down(max((n + HEIGHT - 1) / HEIGHT, (i64)1))
+        : n(n), n_columns(n_columns), across(ceil_div(n_columns, WIDTH)),
+          down(max(ceil_div(n, HEIGHT), (i64)1))
     {
     }
     __device__ void at(i64 item)
@@ -302,7 +275,7 @@ template <typename T> struct Tile {
         k = item / (across * down);
         c = tile * WIDTH + threadIdx.x % WIDTH;
         row = chunk * HEIGHT + threadIdx.x / WIDTH;
-        i64 rows = c < n_columns && row < n ? min((n - row + ROWS - 1) / ROWS, (i64)SLOTS) : 0;
+        i64 rows = c < n_columns && row < n ? min(ceil_div(n - row, ROWS), (i64)SLOTS) : 0;
         mine = (u32)((1ull << rows) - 1);
         vector = k * n_columns + c;
         one = row * n_columns + c;
@@ -362,7 +335,7 @@ __device__ void batch_norm(T* y, T* mean, T* rstd, T* running_mean, T* running_v
                 partial[own.place(own.chunk, 0)] = average;
                 partial[own.place(own.chunk, 1)] = squares;
             }
-            if (!last_of(tickets + own.k * own.across + own.tile, own.down)) continue;
+            if (!last_block(tickets + own.k * own.across + own.tile, own.down)) continue;
             T total = T(0);
             own.chunks([&](i64 j) {
                 total += T(own.height(j)) * read_shared(partial + own.place(j, 0));
@@ -466,7 +439,7 @@ __device__ void batch_norm_backward(T* dx, T* dweight, T* dbias, T* sums, T* par
                 partial[own.place(own.chunk, 0)] = along;
                 partial[own.place(own.chunk, 1)] = level;
             }
-            if (!last_of(tickets + own.k * own.across + own.tile, own.down)) continue;
+            if (!last_block(tickets + own.k * own.across + own.tile, own.down)) continue;
             along = level = T(0);
             own.chunks([&](i64 j) {
                 along += read_shared(partial + own.place(j, 0));
@@ -515,10 +488,9 @@ __device__ void batch_norm_backward_apply(T* dx, const T* dy, const T* x, const 
 }
 
 #define INSTANTIATE(T, S)                                                                         \
-    extern "C" __global__ void layer_norm_##S(T* y, T* mean, T* rstd, const T* x, const T* weight, \
-                                              const T* bias, double eps, i64 stride,              \
-                                              i64 n_models, i64 n, i64 n_x, i64 n_columns,        \
-                                              i64 lanes)                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) layer_norm_##S(                      \
+        T* y, T* mean, T* rstd, const T* x, const T* weight, const T* bias, double eps,           \
+        i64 stride, i64 n_models, i64 n, i64 n_x, i64 n_columns, i64 lanes)                       \
     {                                                                                             \
         layer_norm(y, mean, rstd, x, weight, bias, eps, stride, n_models, n, n_x, n_columns,      \
                    (int)lanes);                                                                   \

@@ -11,12 +11,8 @@
 #define TILE 2048
 #define RUN 64 // elements of one group
 
-// V elements, loaded or stored at once.
-template <typename T, int V> struct alignas(V * sizeof(T)) Few {
-    T at[V];
-};
-
-// What every optimizer is given first; see `Update` in base.py. Arrays may be null where it says so.
+// What every optimizer is given first; see `Update` in base.py. Arrays may be null where it says
+// so.
 template <typename T> struct Flat {
     T *value, *log;
     i64* counters;
@@ -34,16 +30,27 @@ struct Tile {
     int count;
 };
 
-__device__ inline i64 tiles_of(i64 size) { return (size + TILE - 1) / TILE; }
-
-__device__ inline Tile tile_at(i64 index, i64 n_models, i64 size)
+__device__ inline Tile tile_at(i64 index, i64 size)
 {
-    i64 model = n_models == 1 ? 0 : index / tiles_of(size);
-    i64 column = (index - model * tiles_of(size)) * TILE, left = size - column;
-    return {model, model * size + column, column / RUN, int(left < TILE ? left : TILE)};
+    i64 tiles = ceil_div(size, TILE), model = quotient(index, tiles);
+    i64 column = (index - model * tiles) * TILE;
+    return {model, model * size + column, column / RUN, (int)min(size - column, (i64)TILE)};
 }
 
-__device__ inline bool aligned(const void* p) { return (u64)p % 16 == 0; }
+// What the groups say about each run of a tile: f(factor of the learning rate, of the weight
+// decay).
+template <class F>
+__device__ inline auto settings_of(const Tile& tile, const u8* groups, const double* table, F f)
+{
+    __shared__ decltype(f(0.0, 0.0)) settings[TILE / RUN];
+    __syncthreads(); // those of the tile before have been read
+    if (threadIdx.x < tile.count / RUN) {
+        const double* factors = table + 2 * groups[tile.run + threadIdx.x];
+        settings[threadIdx.x] = f(factors[0], factors[1]);
+    }
+    __syncthreads();
+    return settings;
+}
 
 // What every optimizer does at its end: log[position, :] = loss; both counters + 1.
 template <typename T> __device__ void advance(const Flat<T>& flat)
@@ -51,9 +58,8 @@ template <typename T> __device__ void advance(const Flat<T>& flat)
     if (!last_block(flat.ticket)) return;
     i64 position = flat.counters[1];
     if (flat.loss) {
-        for (i64 k = threadIdx.x; k < flat.n_models; k += THREADS) {
+        for (i64 k = threadIdx.x; k < flat.n_models; k += THREADS)
             flat.log[position * flat.n_models + k] = flat.loss[k];
-        }
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -72,29 +78,24 @@ __device__ void walk(const Flat<T>& flat, T* const (&slots)[N], double factor, c
         T lr, decay, keep;
         bool frozen;
     };
-    __shared__ Settings settings[TILE / RUN];
-    i64 tiles = flat.n_models * tiles_of(flat.size);
+    i64 tiles = flat.n_models * ceil_div(flat.size, TILE);
     for (i64 index = blockIdx.x; index < tiles; index += gridDim.x) {
-        Tile tile = tile_at(index, flat.n_models, flat.size);
-        __syncthreads(); // the settings of the tile before have been read
-        if (threadIdx.x < tile.count / RUN) {
-            const double* scales = flat.table + 2 * flat.groups[tile.run + threadIdx.x];
-            double lr = flat.rates[flat.counters[1]] * scales[0];
-            settings[threadIdx.x] = {T(lr * factor), T(flat.decay * scales[1]),
-                                     T(1 - lr * flat.shrink * scales[1]), scales[0] == 0};
-        }
-        __syncthreads();
+        Tile tile = tile_at(index, flat.size);
+        auto settings = settings_of(tile, flat.groups, flat.table, [&](double lr, double decay) {
+            double rate = flat.rates[flat.counters[1]] * lr;
+            return Settings{T(rate * factor), T(flat.decay * decay),
+                            T(1 - rate * flat.shrink * decay), lr == 0};
+        });
         T scale = flat.scale ? flat.scale[tile.model] : T(1);
         for (int i = threadIdx.x * V; i < tile.count; i += THREADS * V) {
             Settings here = settings[i / RUN];
             if (here.frozen) continue; // 0 * NaN would change it
             i64 place = tile.start + i;
-            Few<T, V>* value = (Few<T, V>*)(flat.value + place);
-            Few<T, V> w = *value, grad = *(const Few<T, V>*)(flat.grad + place), state[N] = {};
+            Pack<T, V> w = load_pack<V>(flat.value + place), grad = load_pack<V>(flat.grad + place);
+            Pack<T, V> state[N] = {};
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                if (slots[j]) state[j] = *(Few<T, V>*)(slots[j] + place);
-            }
+            for (int j = 0; j < N; ++j)
+                if (slots[j]) state[j] = load_pack<V>(slots[j] + place);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
                 T s[N], g = grad.at[k] * scale;
@@ -106,11 +107,10 @@ __device__ void walk(const Flat<T>& flat, T* const (&slots)[N], double factor, c
 #pragma unroll
                 for (int j = 0; j < N; ++j) state[j].at[k] = s[j];
             }
-            *value = w;
+            store_pack(flat.value + place, w);
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                if (slots[j]) *(Few<T, V>*)(slots[j] + place) = state[j];
-            }
+            for (int j = 0; j < N; ++j)
+                if (slots[j]) store_pack(slots[j] + place, state[j]);
         }
     }
 }
@@ -118,10 +118,9 @@ __device__ void walk(const Flat<T>& flat, T* const (&slots)[N], double factor, c
 template <typename T, int N, typename Rule>
 __device__ void update(const Flat<T>& flat, T* const (&slots)[N], double factor, const Rule& rule)
 {
-    bool wide = aligned(flat.value) && aligned(flat.grad);
-    for (T* slot : slots) wide = wide && aligned(slot);
-    if (wide) walk<16 / sizeof(T)>(flat, slots, factor, rule);
-    else walk<1>(flat, slots, factor, rule);
+    bool packed = aligned16(flat.value, flat.grad);
+    for (T* slot : slots) packed = packed && aligned16(slot);
+    by_width<T>(packed, [&](auto V) { walk<V>(flat, slots, factor, rule); });
     advance(flat);
 }
 
@@ -224,7 +223,7 @@ template <typename T> struct Lion {
 // that is 0 is off. The block that finishes the last tile of a model adds up its squares, from
 // `partial`, a double per tile; each model has a ticket.
 template <int V, typename T>
-__device__ void condition(T* grad, T* scale, double* partial, u32* ticket, const T* value,
+__device__ void condition(T* grad, T* scale, double* partial, u32* tickets, const T* value,
                           const u8* groups, const double* table, double l1, double l2,
                           double clip_value, double clip_norm, i64 n_models, i64 size)
 {
@@ -232,25 +231,21 @@ __device__ void condition(T* grad, T* scale, double* partial, u32* ticket, const
         T l1, l2;
         bool frozen;
     };
-    __shared__ Settings settings[TILE / RUN];
     bool penalized = l1 != 0 || l2 != 0;
     T limit = T(clip_value);
-    i64 per_model = tiles_of(size);
+    i64 per_model = ceil_div(size, TILE);
     for (i64 index = blockIdx.x; index < n_models * per_model; index += gridDim.x) {
-        Tile tile = tile_at(index, n_models, size);
-        __syncthreads(); // the settings of the tile before have been read
-        if (threadIdx.x < tile.count / RUN) {
-            const double* scales = table + 2 * groups[tile.run + threadIdx.x];
-            settings[threadIdx.x] = {T(l1 * scales[1]), T(l2 * scales[1]), scales[0] == 0};
-        }
-        __syncthreads();
+        Tile tile = tile_at(index, size);
+        auto settings = settings_of(tile, groups, table, [&](double lr, double decay) {
+            return Settings{T(l1 * decay), T(l2 * decay), lr == 0};
+        });
         double sum = 0;
         for (int i = threadIdx.x * V; i < tile.count; i += THREADS * V) {
             Settings here = settings[i / RUN];
             if (here.frozen) continue;
-            Few<T, V>* place = (Few<T, V>*)(grad + tile.start + i);
-            Few<T, V> g = *place, w = {};
-            if (penalized) w = *(const Few<T, V>*)(value + tile.start + i);
+            i64 place = tile.start + i;
+            Pack<T, V> g = load_pack<V>(grad + place), w = {};
+            if (penalized) w = load_pack<V>(value + place);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
                 T x = g.at[k];
@@ -260,17 +255,16 @@ __device__ void condition(T* grad, T* scale, double* partial, u32* ticket, const
                 sum += double(x) * double(x);
                 g.at[k] = x;
             }
-            if (penalized || limit != 0) *place = g;
+            if (penalized || limit != 0) store_pack(grad + place, g);
         }
         if (clip_norm == 0) continue;
-        sum = block_sum(sum);
+        sum = WholeBlock().reduce(sum, Plus());
         if (threadIdx.x == 0) partial[index] = sum;
-        if (!last_block(ticket + tile.model, per_model)) continue;
+        if (!last_block(tickets + tile.model, per_model)) continue;
         sum = 0;
-        for (i64 j = threadIdx.x; j < per_model; j += THREADS) {
+        for (i64 j = threadIdx.x; j < per_model; j += THREADS)
             sum += read_shared(partial + tile.model * per_model + j);
-        }
-        sum = block_sum(sum);
+        sum = WholeBlock().reduce(sum, Plus());
         double factor = clip_norm / (sqrt(sum) + 1e-6);
         if (threadIdx.x == 0) scale[tile.model] = T(factor > 1 ? 1 : factor); // NaN stays
     }
@@ -318,17 +312,14 @@ __device__ void condition(T* grad, T* scale, double* partial, u32* ticket, const
         update(flat, {m}, 1, rule);                                                               \
     }                                                                                             \
     extern "C" __global__ void condition_##S(                                                     \
-        T* grad, T* scale, double* partial, u32* ticket, const T* value, const u8* groups,        \
+        T* grad, T* scale, double* partial, u32* tickets, const T* value, const u8* groups,       \
         const double* table, double l1, double l2, double clip_value, double clip_norm,           \
         i64 n_models, i64 size)                                                                   \
     {                                                                                             \
-        if (aligned(grad) && aligned(value)) {                                                    \
-            condition<16 / sizeof(T)>(grad, scale, partial, ticket, value, groups, table, l1, l2, \
-                                      clip_value, clip_norm, n_models, size);                     \
-        } else {                                                                                  \
-            condition<1>(grad, scale, partial, ticket, value, groups, table, l1, l2, clip_value,  \
+        by_width<T>(aligned16(grad, value), [&](auto V) {                                         \
+            condition<V>(grad, scale, partial, tickets, value, groups, table, l1, l2, clip_value, \
                          clip_norm, n_models, size);                                              \
-        }                                                                                         \
+        });                                                                                       \
     }
 INSTANTIATE(float, f32)
 INSTANTIATE(double, f64)

@@ -27,7 +27,7 @@ __device__ inline void rectify(T* y, u32* mask, Pack<T, V> v, i64 i, i64 n)
         bits = __ballot_sync(ALL, bits);
     } else {
         bits <<= i % 32;
-        for (int lane = 1; lane < 32 / V; lane *= 2) bits |= __shfl_xor_sync(ALL, bits, lane);
+        bits = Lanes{32 / V}.reduce(bits, [](u32 a, u32 b) { return a | b; });
     }
     if (i % 32 == 0 && i < n) mask[i / 32] = bits;
 }
@@ -74,8 +74,8 @@ __device__ void bias_relu(T* z, u32* mask, const T* bias, i64 stride, i64 n_rows
 }
 
 // Column sums of dy (n_models, n_rows, n_columns) into dbias, added to it if accumulate; dbias[k]
-// begins at k * stride. With a mask, dy goes through the ReLU first: the selected values are summed,
-// and written to dz.
+// begins at k * stride. With a mask, dy goes through the ReLU first: the selected values are
+// summed, and written to dz.
 //
 // Of a model's n elements, `width` count as a row: n_columns, or, if they are few, a multiple.
 // A block takes 32 packs of columns of `chunk_rows` rows, its 8 warps every 8th row. If there are
@@ -99,7 +99,7 @@ __device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* parti
         __syncthreads();
         return total;
     };
-    i64 n_groups = (width + columns - 1) / columns, n_rows = (n + width - 1) / width;
+    i64 n_groups = ceil_div(width, columns), n_rows = ceil_div(n, width);
     for (i64 item = blockIdx.x; item < n_models * n_groups * n_chunks; item += gridDim.x) {
         i64 part = item / n_chunks, chunk = item - part * n_chunks;
         i64 model = part / n_groups, start = model * n, first = (part - model * n_groups) * columns;
@@ -157,36 +157,30 @@ __device__ void bias_backward(T* dbias, i64 stride, T* __restrict__ dz, T* parti
 #define INSTANTIATE(T, S)                                                                         \
     extern "C" __global__ void relu_##S(T* y, u32* mask, const T* x, i64 n)                       \
     {                                                                                             \
-        if (aligned16(y, x))                                                                      \
-            relu<pack_size<T>>(y, mask, x, n);                                                    \
-        else                                                                                      \
-            relu<1>(y, mask, x, n);                                                               \
+        by_width<T>(aligned16(y, x), [&](auto V) { relu<V>(y, mask, x, n); });                    \
     }                                                                                             \
     extern "C" __global__ void relu_backward_##S(T* dx, const T* dy, const u32* mask, i64 n)      \
     {                                                                                             \
-        if (aligned16(dx, dy))                                                                    \
-            relu_backward<pack_size<T>>(dx, dy, mask, n);                                         \
-        else                                                                                      \
-            relu_backward<1>(dx, dy, mask, n);                                                    \
+        by_width<T>(aligned16(dx, dy), [&](auto V) { relu_backward<V>(dx, dy, mask, n); });       \
     }                                                                                             \
     extern "C" __global__ void bias_relu_##S(T* z, u32* mask, const T* bias, i64 stride,          \
-                                             i64 rows, i64 columns, i64 n)                        \
+                                             i64 n_rows, i64 n_columns, i64 n)                    \
     {                                                                                             \
-        if (aligned16(z, bias, bias + stride) && columns % pack_size<T> == 0)                     \
-            bias_relu<pack_size<T>>(z, mask, bias, stride, rows, columns, n);                     \
-        else                                                                                      \
-            bias_relu<1>(z, mask, bias, stride, rows, columns, n);                                \
+        bool packed = aligned16(z, bias, bias + stride) && n_columns % pack_size<T> == 0;         \
+        by_width<T>(packed, [&](auto V) {                                                         \
+            bias_relu<V>(z, mask, bias, stride, n_rows, n_columns, n);                            \
+        });                                                                                       \
     }                                                                                             \
     extern "C" __global__ void bias_backward_##S(                                                 \
         T* dbias, i64 stride, T* dz, T* partial, u32* tickets, const T* dy, const u32* mask,      \
-        i64 models, i64 n, i64 columns, i64 width, i64 chunks, i64 chunk_rows, i64 accumulate)    \
+        i64 n_models, i64 n, i64 n_columns, i64 width, i64 n_chunks, i64 chunk_rows,              \
+        i64 accumulate)                                                                           \
     {                                                                                             \
-        if (aligned16(dz, dy) && n % pack_size<T> == 0 && width % pack_size<T> == 0)              \
-            bias_backward<pack_size<T>>(dbias, stride, dz, partial, tickets, dy, mask, models, n, \
-                                        columns, width, chunks, chunk_rows, accumulate);          \
-        else                                                                                      \
-            bias_backward<1>(dbias, stride, dz, partial, tickets, dy, mask, models, n, columns,   \
-                             width, chunks, chunk_rows, accumulate);                              \
+        bool packed = aligned16(dz, dy) && n % pack_size<T> == 0 && width % pack_size<T> == 0;    \
+        by_width<T>(packed, [&](auto V) {                                                         \
+            bias_backward<V>(dbias, stride, dz, partial, tickets, dy, mask, n_models, n,          \
+                             n_columns, width, n_chunks, chunk_rows, accumulate);                 \
+        });                                                                                       \
     }
 INSTANTIATE(float, f32)
 INSTANTIATE(double, f64)
