@@ -180,9 +180,21 @@ def test_a_gradient_that_overwrites_instead_of_adding_is_caught(rng: np.random.G
             return super().backward(dy, saved, need_dx=need_dx)
 
     layer = Overwriting(4, 4, rng=rng, dtype=np.float64)
-    check_gradients(layer, rng.standard_normal((5, 4)))
+    with pytest.raises(AssertionError, match="gradient of weight: a second backward pass doesn't"):
+        check_gradients(layer, rng.standard_normal((5, 4)))
     with pytest.raises(AssertionError, match=r"gradient of 0\.weight"):
         check_gradients(Sequential(layer, layer), rng.standard_normal((5, 4)))
+
+
+def test_a_layer_that_keeps_the_inputs_gradient_to_itself_is_named(
+    rng: np.random.Generator,
+) -> None:
+    class Silent(Tanh):
+        def backward(self, dy: Any, saved: Any, *, need_dx: bool = True) -> Any:
+            return None
+
+    with pytest.raises(TypeError, match=r"Silent\(\): backward gives None"):
+        check_gradients(Silent(), rng.standard_normal((5, 4)))
 
 
 def test_biases_are_randomized(rng: np.random.Generator) -> None:

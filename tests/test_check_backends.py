@@ -196,6 +196,21 @@ def test_a_wrong_gradient_in_a_layer_of_mine_is_named(data: Data, backend: Backe
     assert "FAIL: gradients of 1.1 (WrongTanh)" in str(report)
 
 
+class Uphill(nnx.MeanSquaredError):
+    """With its gradient the wrong way around."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        value, gradient = super().__call__(*args, **options)
+        return value, None if gradient is None else -gradient
+
+
+def test_a_wrong_gradient_in_a_loss_of_mine_is_named(data: Data, backend: Backend) -> None:
+    model, t = net(), np.eye(3)[data[1]]
+    for loss, wrong in ((nnx.MeanSquaredError(), []), (Uphill(), ["gradients of loss (Uphill)"])):
+        report = check.model(model, loss, nnx.SGD(0.01), data[0], t, backend=backend, steps=2)
+        assert [row.name for row in report.rows if not row.passed] == wrong
+
+
 def one_element(array: Any) -> None:
     array.reshape(-1)[5] += 10  # positive, whatever it was
 

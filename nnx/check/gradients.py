@@ -42,7 +42,8 @@ def check_gradients(
     input and every parameter in turn, and compares `<dp, v>` with
     `<dy, f(p + eps v) - f(p - eps v)> / (2 eps)`: two forward passes for an array of any size.
     Parameters are randomized, biases too, since at zero they sit on the kinks. Dropout repeats its
-    mask. For a loss the returned gradient is compared with differences of the returned value.
+    mask. A second backward pass has to add the same to the gradients. For a loss the returned
+    gradient is compared with differences of the returned value.
     Parameters and buffers come back as they were, gradients as zeros that no step has written.
 
     Args:
@@ -64,7 +65,7 @@ def check_gradients(
     Raises:
         WrongGradient: A gradient is wrong; an `AssertionError` that names the array and both
             numbers.
-        TypeError: A parameter isn't float64.
+        TypeError: A parameter isn't float64, or `backward` returns no gradient of the input.
     """
     rng = rng or np.random.default_rng(0)
     home = resolve("numpy" if backend is None else backend)
@@ -108,6 +109,11 @@ def check_gradients(
             for p in parameters.values():
                 p.fresh = True
             dx = function.backward(dy, saved)
+            if dx is None:
+                raise TypeError(
+                    f"check_gradients: {function!r}: backward gives None, expected the gradient of "
+                    "the input"
+                )
             gradients = {"input": (x, dx)} | {n: (p.value, p.grad) for n, p in parameters.items()}
             for name, (value, gradient) in gradients.items():
                 v = home.asarray(rng.standard_normal(value.shape))
@@ -124,6 +130,11 @@ def check_gradients(
                 numeric = home.to_numpy((dy * (sums[0] - sums[1])).sum()) / (2 * eps)
                 products = gradient * v
                 worst = max(worst, _compare(function, name, home, numeric, products, rtol, noise))
+        once = {name: home.to_numpy(p.grad.copy()) for name, p in parameters.items()}
+        if once:
+            function.backward(dy, function.forward(x, step=step.begin())[1])
+        for name, first in once.items():
+            _compare_sum(function, name, first, home.to_numpy(parameters[name].grad), rtol)
     finally:
         for name, p in parameters.items():
             p.value[...] = before[name]
@@ -136,6 +147,20 @@ def check_gradients(
 
 def _plan_one(state: StepState) -> None:
     state.plan(np.zeros(1), dtype=np.float64)
+
+
+def _compare_sum(
+    function: Layer, name: str, once: np.ndarray, twice: np.ndarray, rtol: float
+) -> None:
+    """Raise if the same contribution a second time doesn't make twice the gradient."""
+    scale = float(np.max(np.abs(once), initial=0.0)) + 1e-300
+    error = float(np.max(np.abs(twice - 2 * once), initial=0.0)) / scale
+    if not error <= rtol:
+        raise WrongGradient(
+            f"check_gradients: {function!r}: gradient of {name}: a second backward pass doesn't "
+            f"add to the first (relative error {error:.2e}); see Parameter.accumulate",
+            error,
+        )
 
 
 def _compare(

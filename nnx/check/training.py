@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -206,8 +207,8 @@ def model(
 
     Three things, on copies; what is passed in stays as it is.
 
-    1. Each layer's gradients by `check_gradients`, in float64, at its own weights, slightly shaken,
-       and the input that reaches it.
+    1. The gradients of each layer and of the loss by `check_gradients`, in float64, at the layer's
+       own weights, slightly shaken, and the input that reaches it.
     2. Each step of a training on `backend` is repeated on NumPy from the same state, and everything
        it computes is compared: the output of each layer, the loss, each gradient, the weights after
        the update, the optimizer's state. The first array that differs by more than its bound is
@@ -257,7 +258,8 @@ def model(
         return Side(side, model, loss, optimizer, seed=seed, dtype=dtype, start=start)
 
     with collected(report), progress_bar(steps, "step", progress) as bar:
-        for row in _gradients_of(model, x[: min(batch_size, 8)], actual, seed):
+        few = min(batch_size, 8)
+        for row in _gradients_of(model, loss, x[:few], t[:few], actual, seed):
             report.rows.append(row)
         before = [make(side).state()[0] for side in (other(actual), actual)]
         arrays = [list(state.values()) for state in before]
@@ -279,8 +281,10 @@ def _started(optimizer: Optimizer) -> dict[str, Any] | None:
     return {name: a if name == "step" else to_numpy(a).copy() for name, a in state.items()}
 
 
-def _gradients_of(model: Layer, x: np.ndarray, backend: Backend, seed: int) -> Iterator[Row]:
-    """`check_gradients` of each layer at the input that reaches it, and of the whole."""
+def _gradients_of(
+    model: Layer, loss: Loss, x: np.ndarray, t: np.ndarray, backend: Backend, seed: int
+) -> Iterator[Row]:
+    """`check_gradients` of each layer at the input that reaches it, of the whole, of the loss."""
     rng = np.random.default_rng(seed)
     with active(backend):
         whole = converted(model, np.float64)
@@ -294,6 +298,10 @@ def _gradients_of(model: Layer, x: np.ndarray, backend: Backend, seed: int) -> I
             yield gradient_row(
                 f"gradients of {paths[layer]}", backend, layer, reached, seed=seed, randomize=False
             )
+        target = t.astype(np.float64) if t.dtype.kind == "f" else t
+        prediction = whole(backend.asarray(x, np.float64))
+        name = f"gradients of loss ({type(loss).__name__})"
+        yield gradient_row(name, backend, copy.deepcopy(loss), prediction, target, seed=seed)
 
 
 def _inputs(model: Layer, x: Array) -> dict[Layer, Array]:
