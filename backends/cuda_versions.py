@@ -94,6 +94,8 @@ def explain(error: object, versions: CudaVersions) -> str:
     """Why CuPy fails with `error`: what doesn't fit, what to do, what was found, the error."""
     reason = _mismatch(str(error), versions)
     text = " ".join(str(error).split())
+    if not versions.packages and text == "No module named 'cupy'":
+        return reason  # that is all there is to say
     return f"{reason}. Found: {versions}. The error: {text or type(error).__name__}"
 
 

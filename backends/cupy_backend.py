@@ -1307,8 +1307,8 @@ def get_cupy_backend(device: int | None = None) -> CupyBackend:
             device = _import_cupy().cuda.Device().id if count else 0
         if device >= count:
             raise BackendUnavailable(
-                f"backend 'cupy': expected a device below {count}, got device {device}; "
-                "use backend='numpy', or 'auto' to take what there is"
+                f"backend 'cupy:{device}': expected a device below {count}, the number of devices; "
+                "use 'cupy', or 'auto' to take what there is"
             )
         if device not in _backends:
             reason = probe(device)

@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: training or a check failed. 2: bad usage or bad input. 130: interrupted.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started us: nobody reads it
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 - to the end
     try:
         args = _parser().parse_args(argv)
         try:
@@ -149,7 +152,13 @@ class Settings:
     hidden: tuple[int, ...] = _flag(
         "model", (256,), "widths of the hidden layers; 0 for none", int, metavar="N", many=True
     )
-    activation: str = _flag("model", "relu", "of the hidden layers", choices=tuple(ACTIVATIONS))
+    activation: str = _flag(
+        "model",
+        "relu",
+        f"of the hidden layers: {', '.join(ACTIVATIONS)}",
+        choices=tuple(ACTIVATIONS),
+        metavar="NAME",
+    )
     dropout: float = _flag("model", 0.2, "share of hidden units to drop", float, metavar="P")
     optimizer: str = _flag("training", "adam", "how to descend", choices=("adam", "sgd"))
     lr: float | None = _flag(
@@ -690,6 +699,7 @@ def _check(args: argparse.Namespace) -> None:
         _check_usage(args)
         backend = _backend(args, args.backend)
         subject = None if args.subject is None else _subject(args, backend)
+        _check_json(args.json, "; give RUN or MODEL before --json")
     options = {
         "backend": backend,
         "dtype": args.dtype,
@@ -711,26 +721,44 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_usage(args: argparse.Namespace) -> None:
-    most = nnx.check.MOST_STEPS if args.subject is None else sys.maxsize
-    if not 1 <= args.steps <= most:
-        raise ValueError(f"--steps: expected 1 to {most}, got {args.steps}")
+    most = nnx.check.MOST_STEPS if args.subject is None else None
+    if args.steps < 1 or (most and args.steps > most):
+        expected = f"1 to {most}" if most else "at least 1"
+        raise ValueError(f"--steps: expected {expected}, got {args.steps}")
     if args.seed < 0:
         raise ValueError(f"--seed: expected at least 0, got {args.seed}")
     if args.subject is None and (args.data or args.labels or args.target):
         raise ValueError("--data, --labels and --target: expected a RUN or MODEL with them")
     if args.data is None and (args.labels or args.target):
         raise ValueError("--labels and --target: expected --data with them")
-    if args.json not in (None, "-"):
-        path = Path(args.json)
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(
-                f"--json: expected a file to write, got {path}; give RUN or MODEL before --json"
-            )
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line said that the report doesn't."""
     return {name: getattr(args, name) for name in ("subject", "data", "dtype", "steps", "seed")}
+
+
+def _check_json(path: str | None, hint: str = "") -> None:
+    """Learn before the work that its report can be written, and takes no other file's place."""
+    if path is None or path == "-":
+        return
+    start, file = b"", Path(path)
+    try:
+        new = not file.exists()
+        file.open("a").close()
+        if new:
+            file.unlink()  # whoever interrupts the work finds no empty report
+        elif file.is_file():  # not a pipe
+            with file.open("rb") as content:
+                start = content.read(1)
+    except OSError as error:
+        raise ValueError(
+            f"--json: expected a file to write, got {path} ({error.strerror}){hint}"
+        ) from error
+    if start not in (b"", b"{"):
+        raise ValueError(
+            f"--json: expected a new file, or one with JSON to replace, got {path}{hint}"
+        )
 
 
 def _write_json(path: str, text: str) -> None:
@@ -795,8 +823,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     with _input_errors():
         backend = _backend(args, args.backend)
-        if args.json not in (None, "-"):
-            Path(args.json).open("a").close()  # better to learn now that it can't be written
+        _check_json(args.json)
     smoke = os.environ.get("NNX_BENCH_SMOKE") == "1"
     place = bench.Place(backend, np.dtype(args.dtype), smoke)
     cases = bench.cases(args.only)
@@ -835,10 +862,7 @@ def _bench(args: argparse.Namespace) -> None:
         if args.json is not None:  # whatever ended it: what there is
             done = {"complete": len(rows) == len(cases), "rows": [row.to_json() for row in rows]}
             text = json.dumps({"settings": settings, "machine": machine, **done}, indent=2)
-            if args.json == "-":
-                print(text)
-            else:
-                Path(args.json).write_text(text + "\n", "utf-8")
+            _write_json(args.json, text)
     show("", bench.NOTES, *([bench.DEVICE_NOTES] if "device" in machine else []))
     for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):
         _warn(args, f"warning: {warning}")
@@ -924,7 +948,7 @@ def _readable(info: dict[str, Any]) -> str:
         ("backends", ", ".join(info["backends"])),
     ]
     if info["cupy_problem"]:
-        lines.append(("no CuPy", info["cupy_problem"]))
+        lines.append(("no GPU", info["cupy_problem"]))
     if info["cuda"]:
         state = "on" if info["cuda"]["tf32"] else "off"
         lines += [("CUDA", info["cuda"]["found"]), ("TF32", f"{state} (by CUPY_TF32)")]
@@ -994,7 +1018,8 @@ def _backends() -> dict[str, Any]:
             devices = [_device(name) for name in available() if name.startswith("cupy:")]
         problem = None
     except Exception as error:  # however CuPy is broken, this command is there to say so
-        devices, problem = [], " ".join(f"{type(error).__name__}: {error}".split())
+        kind = "" if isinstance(error, BackendUnavailable) else f"{type(error).__name__}: "
+        devices, problem = [], " ".join(f"{kind}{error}".split())
     names = ["numpy", *(device["name"] for device in devices)]
     return {"backends": names, "devices": devices, "cupy_problem": problem}
 
@@ -1032,6 +1057,13 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(**options, allow_abbrev=False, formatter_class=form)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is unknown here, where it is known which command's `--help` to name."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
@@ -1096,7 +1128,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(call: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         name = call.__name__.removeprefix("_")
         command = commands.add_parser(
-            name, help=text, description=f"{text.capitalize()}.", epilog=examples[name]
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=examples[name]
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         command.set_defaults(call=call)

@@ -118,7 +118,8 @@ class Trainer:
         home = backend_of(*(p.value for p in parameters))
         target = resolve(backend, default=home)
         try:
-            with target.activate(), _memory("Trainer", target, "make the model smaller"):
+            advice = "make the model smaller" + _narrower(parameters[0].value)
+            with target.activate(), _memory("Trainer", target, advice):
                 model.to(target)
                 vector = parameters[0].vector  # a second trainer for the model shares the vector
                 if vector is None or vector.parameters != tuple(parameters):
@@ -244,6 +245,7 @@ class Trainer:
     def _memory(self, who: str, batch_size: int) -> Iterator[None]:
         """Say what to do where memory runs out, and give back what the step has asked for."""
         advice = f"the batch size is {batch_size}: choose a smaller one"
+        advice += _narrower(self.vector.value)
         try:
             with _memory(who, self.backend, advice):
                 yield
@@ -558,9 +560,13 @@ def _memory(who: str, backend: Backend, advice: str) -> Iterator[None]:
         if said is None:
             raise
         raise OutOfMemory(
-            f"{who}: out of device memory: {said}; {advice}, use dtype='float32', or run on "
-            "backend='numpy'"
+            f"{who}: out of device memory: {said}; {advice}, or run on backend='numpy'"
         ) from error
+
+
+def _narrower(a: Array) -> str:
+    """What else saves memory, where it isn't done yet."""
+    return ", use dtype='float32'" if a.dtype == np.float64 else ""
 
 
 def _numbers(a: object) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -539,6 +540,10 @@ def test_bad_usage_is_one_line(run: Nnx, argv: tuple[str, ...]) -> None:
     assert re.fullmatch(r"nnx[ a-z]*: error: [^\n]+--help\n", result.err)
 
 
+def test_bad_usage_names_the_help_of_its_command(run: Nnx) -> None:
+    fails(run("evaluate", "runs/x", "--json"), "evaluate", "--json; see nnx evaluate --help")
+
+
 def test_debug_shows_the_traceback(run: Nnx) -> None:
     result = run("train", "--data", "nothing", "--debug")
     assert result.status == 2
@@ -710,6 +715,23 @@ def test_a_training_whose_reader_has_gone_is_saved() -> None:
     os.close(theirs)
     assert (result.returncode, result.stderr) == (0, b"")
     assert {path.name for path in Path("runs/digits-0001").iterdir()} == FILES
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    "command", [f"train {' '.join(SHORT)}", "predict runs/digits-0001 --data rows.npy", "info"]
+)
+def test_a_closed_output_is_no_error_and_goes_nowhere_else(command: str, closed: str) -> None:
+    np.save("rows.npy", np.zeros((3, 64), np.float32))
+    shell = (
+        f"exec {shlex.quote(sys.executable)} -m nnx {command} {2 if closed == 'stderr' else 1}>&-"
+    )
+    result = subprocess.run(
+        ["sh", "-c", shell], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert bool(result.stdout) == (closed == "stderr")
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -940,7 +962,7 @@ def test_info_survives_whatever_is_wrong_with_cupy(
     monkeypatch.setattr(cli, "get_backend", broken)
     result = run("info")
     assert result.status == 0
-    assert re.search(r"^no CuPy +AttributeError: libcuda is from 2012$", result.out, re.MULTILINE)
+    assert re.search(r"^no GPU +AttributeError: libcuda is from 2012$", result.out, re.MULTILINE)
     info = json.loads(run("info", "--json").out)
     assert (info["backends"], info["devices"]) == (["numpy"], [])
 

@@ -190,18 +190,22 @@ def test_a_check_that_fails_is_status_1(
     [
         (("--steps", "0"), ("--steps: expected 1 to 200, got 0",)),
         (("--steps", "201"), ("--steps: expected 1 to 200, got 201",)),
+        (("run", "--steps", "0"), ("--steps: expected at least 1, got 0",)),
         (("--seed", "-1"), ("--seed: expected at least 0",)),
         (("--data", "digits"), ("expected a RUN or MODEL with them",)),
         (("run", "--target", "kind"), ("expected --data with them",)),
         (("--backend", "nope"), ("unknown backend 'nope'",)),
         (("--json", "."), ("--json: expected a file to write, got .", "before --json")),
         (("--json", "no/where.json"), ("--json: expected a file to write",)),
+        (("--json", "model.safetensors"), ("--json: expected a new file", "before --json")),
     ],
 )
 def test_wrong_arguments_are_one_line(run: Check, argv: Any, parts: Any) -> None:
+    Path("model.safetensors").write_bytes(b"a model")
     result = run(*argv)
     fails(result, *parts)
     assert result.out == ""
+    assert Path("model.safetensors").read_bytes() == b"a model"
 
 
 def test_wrong_choices_are_said_by_argparse(run: Check) -> None:

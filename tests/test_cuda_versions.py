@@ -29,7 +29,7 @@ CASES: dict[str, tuple[CudaVersions, str, list[str]]] = {
     "not installed": (
         CudaVersions({}),
         "No module named 'cupy'",
-        ["isn't installed", "nnx-xp[cuda13]", "580", "nnx-xp[cuda12]", "525", "No module"],
+        ["isn't installed", "nnx-xp[cuda13]", "580", "nnx-xp[cuda12]", "525 or later)"],
     ),
     "import fails": (
         CudaVersions({"cupy-cuda13x": "14.2.0"}),
@@ -123,6 +123,11 @@ def test_a_mismatch_is_explained_in_one_message(case: str, monkeypatch: pytest.M
     assert "None" not in message
     for part in expected:
         assert part in message
+
+
+def test_without_cupy_there_is_no_more_to_say_unless_something_of_it_is_there() -> None:
+    assert explain("No module named 'cupy'", CudaVersions({})).endswith("(driver 525 or later)")
+    assert explain("No module named 'cupy._core'", CudaVersions({})).endswith("'cupy._core'")
 
 
 def test_each_case_is_explained_in_words_of_its_own() -> None:

@@ -341,15 +341,17 @@ def test_arrays_of_the_host_are_an_error_that_says_so(graph: bool) -> None:
 class Peeking(nnx.Layer):
     """Reads something on the host in each step, which a graph can't repeat."""
 
-    def __init__(self, look: Callable[[Array, Any], Any]) -> None:
-        self.look = look
+    def __init__(self, look: Callable[[Array, Any], Any], late: bool = False) -> None:
+        self.look, self.late = look, late
 
     def forward(self, x: Array, *, step: Any = None) -> tuple[Array, Any]:
-        if step is not None:
+        if step is not None and not self.late:
             self.look(x, step)
-        return x, None
+        return x, step
 
     def backward(self, dy: Array, saved: Any, *, need_dx: bool = True) -> Array:
+        if self.late:
+            self.look(dy, saved)
         return dy
 
 
@@ -363,13 +365,17 @@ class Peeking(nnx.Layer):
     ],
     ids=["wait", "number", "rate", "product of CuPy"],
 )
-def test_what_cannot_be_captured_runs_as_it_is(look: Any, message: str) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])
+def test_what_cannot_be_captured_runs_as_it_is(look: Any, message: str, late: bool) -> None:
     rng = np.random.default_rng(0)
     runs = []
     for graph in (False, True):
         rng = np.random.default_rng(0)
         model = nnx.Sequential(
-            nnx.Linear(20, 8, rng=rng), Peeking(look), nnx.Dropout(), nnx.Linear(8, 5, rng=rng)
+            nnx.Linear(20, 8, rng=rng),
+            Peeking(look, late),
+            nnx.Dropout(),
+            nnx.Linear(8, 5, rng=rng),
         )
         trainer = nnx.Trainer(model, nnx.SoftmaxNLL(), nnx.Adam(), backend="cupy", graph=graph)
         with warnings.catch_warnings(record=True) as said:

@@ -91,7 +91,7 @@ def test_the_wheel_says_what_it_is_and_what_it_needs(wheel: Path) -> None:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         (scripts,) = (n for n in archive.namelist() if n.endswith("/entry_points.txt"))
         metadata = email.message_from_bytes(archive.read(name))
-        assert "nnx = nnx.cli:main" in archive.read(scripts).decode()
+        assert "nnx = nnx.__main__:main" in archive.read(scripts).decode()
     assert metadata["Name"] == "nnx-xp"
     assert metadata["Version"] == nnx.__version__
     assert metadata["Requires-Python"] == ">=3.11"

@@ -78,6 +78,8 @@ class Layer:
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:
         """Add to the parameters' gradients and return the gradient of the input.
 
+        Each parameter's contribution replaces `p.grad` if `p.accumulate()` is False, else adds.
+
         Args:
             dy: Gradient with respect to the output; never written.
             saved: What `forward` returned beside the output.
