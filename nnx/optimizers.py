@@ -26,14 +26,19 @@ from nnx.parameter import ParameterVector
 Schedule: TypeAlias = Callable[[int], float]
 
 
-class Options(TypedDict, total=False):
-    """What every optimizer takes; see `Optimizer`."""
+class Limits(TypedDict, total=False):
+    """Penalties and clipping; see `Optimizer`."""
 
-    weight_decay: float
     l1: float
     l2: float
     clip_value: float | None
     clip_norm: float | None
+
+
+class Options(Limits, total=False):
+    """What every optimizer takes; see `Optimizer`."""
+
+    weight_decay: float
 
 
 class Optimizer:
@@ -410,11 +415,11 @@ class AdamW(Adam):
 
     Args:
         lr: Learning rate or schedule.
-        weight_decay: At least 0; 0.01 by default as in PyTorch.
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
         eps: Above 0; keeps the denominator from 0.
         amsgrad: As in `Adam`.
+        weight_decay: At least 0; the default is PyTorch's.
         options: Penalties and clipping, see `Optimizer`; `l2` is not decoupled.
     """
 
@@ -428,10 +433,18 @@ class AdamW(Adam):
         beta2: float = 0.999,
         eps: float = 1e-8,
         amsgrad: bool = False,
-        **options: Unpack[Options],
+        weight_decay: float = 0.01,
+        **options: Unpack[Limits],
     ) -> None:
-        options.setdefault("weight_decay", 0.01)
-        super().__init__(lr, beta1=beta1, beta2=beta2, eps=eps, amsgrad=amsgrad, **options)
+        super().__init__(
+            lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            amsgrad=amsgrad,
+            weight_decay=weight_decay,
+            **options,
+        )
 
 
 class AMSGrad(Adam):
