@@ -7,7 +7,6 @@ Memory is never reused within a step, so what forward saved is still there in ba
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Hashable
 from types import ModuleType, TracebackType
@@ -33,6 +32,8 @@ class Arena:
         self._slab: Any = None
         self._tapes: dict[Hashable, list[tuple[tuple[int, ...], Any, Any, int]]] = {}
         self._tape: list[tuple[tuple[int, ...], Any, Any, int]] = []
+        self._key: Hashable = None
+        self._ended: set[Hashable] = set()
         self._next = 0
         self._needed = 0
         self._outer: Arena | None = None
@@ -44,8 +45,14 @@ class Arena:
         """Bytes of the slab."""
         return 0 if self._slab is None else int(self._slab.nbytes)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no step of this kind has ended yet, so that this one will allocate."""
+        return self._key not in self._ended
+
     def step(self, key: Hashable) -> Arena:
         """Begin a step; steps of equal `key` (the shape of the batch) ask for the same arrays."""
+        self._key = key
         self._tape = self._tapes.setdefault(key, [])
         self._next = 0
         return self
@@ -61,13 +68,18 @@ class Arena:
         traceback: TracebackType | None,
     ) -> None:
         running.arena = self._outer
-        if kind is None and self._needed > self.nbytes:
+        if kind is not None:
+            return
+        self._ended.add(self._key)
+        if self._needed > self.nbytes:
             self._tapes.clear()
             self._tape = []
             self._slab = None  # freed first: both may not fit
             self.generation += 1
-            with contextlib.suppress(Exception):  # the step is done; the next may do in pieces
+            try:
                 self._slab = self.xp.empty(self._needed, self.xp.uint8)
+            except Exception:  # no memory; this step is done, and the next may do in pieces
+                self._ended.clear()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """The next array of the step, not initialized."""

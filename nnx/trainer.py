@@ -90,9 +90,8 @@ class Trainer:
     Raises:
         ValueError: The model has no parameters, or its number of models isn't the loss's.
         OutOfMemory: The device has no room for the model, which stays where it was. Raised by the
-            other methods too, when data or a step don't fit: the parameters are then those before
-            the step, and training can go on with smaller batches. (`BatchNorm`'s running statistics
-            may have followed the batch, which is data like any other.)
+            other methods too, when data or a step don't fit: the model is then as it was before the
+            step, running statistics included, and training can go on with smaller batches.
     """
 
     def __init__(
@@ -194,14 +193,21 @@ class Trainer:
             work: The step.
             kind: What its graph would freeze; None if it isn't to be captured.
         """
+        arena, steps = self._arena.step(shapes), self._step.state
+        number, kept = steps.number, []
+        if arena.fresh:  # memory may run out in the midst, after a layer has changed its buffers
+            kept = [(a, a.copy()) for _, a in self.model.buffers()]
         try:
-            with self._arena.step(shapes):
+            with arena:
                 if kind is None:
                     work()
                 else:
-                    self._graphs.run(kind, work, self._step.state, self._arena)
-        except BaseException:  # by Ctrl-C between launch and count, host and device disagree
-            self._step.state.rewind()
+                    self._graphs.run(kind, work, steps, arena)
+        except BaseException:
+            if steps.number == number:
+                for a, before in kept:
+                    a[...] = before
+            steps.rewind()  # by Ctrl-C between launch and count, host and device disagree
             raise
 
     def _places(self, arrays: Iterable[Array]) -> Hashable:

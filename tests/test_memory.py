@@ -41,13 +41,14 @@ def scarce(n: int) -> Iterator[list[int]]:
 def build() -> nnx.Layer:
     rng = np.random.default_rng(3)
     return nnx.Sequential(
-        *(nnx.Linear(20, 24, rng=rng), nnx.ReLU(), nnx.Dropout(0.2)),
+        *(nnx.Linear(20, 24, rng=rng), nnx.BatchNorm(24), nnx.ReLU(), nnx.Dropout(0.2)),
         *(nnx.Linear(24, 16, rng=rng), nnx.LayerNorm(16), nnx.GELU(), nnx.Linear(16, 5, rng=rng)),
     )
 
 
 def weights(model: nnx.Layer) -> list[np.ndarray]:
-    return [nnx.backend_of(p.value).to_numpy(p.value).copy() for _, p in model.parameters()]
+    """Parameters and running statistics."""
+    return [nnx.backend_of(a).to_numpy(a).copy() for a in model.state().values()]
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
