@@ -118,7 +118,7 @@ class Trainer:
         target = resolve(backend, default=home)
         try:
             advice = "make the model smaller" + _narrower(parameters[0].value)
-            with target.activate(), _memory("Trainer", target, advice):
+            with target.activate(), _memory_errors("Trainer", target, advice):
                 model.to(target)
                 vector = parameters[0].vector  # a second trainer for the model shares the vector
                 if vector is None or vector.parameters != tuple(parameters):
@@ -253,7 +253,7 @@ class Trainer:
         advice = f"the batch size is {batch_size}: choose a smaller one"
         advice += _narrower(self.vector.value)
         try:
-            with _memory(who, self.backend, advice):
+            with _memory_errors(who, self.backend, advice):
                 yield
         except OutOfMemory:
             self._forget()
@@ -557,7 +557,7 @@ class _Reading(NamedTuple):
 
 
 @contextlib.contextmanager
-def _memory(who: str, backend: Backend, advice: str) -> Iterator[None]:
+def _memory_errors(who: str, backend: Backend, advice: str) -> Iterator[None]:
     """Turn a backend's error of exhausted memory into one that says what to do."""
     try:
         yield

@@ -440,7 +440,7 @@ def test_the_second_device_is_as_good_as_the_first() -> None:
     model.to("cupy:0")
     trainer.fit(x, t)
     assert trainer.vector.value.device.id == 0
-    with pytest.raises(nnx.BackendUnavailable, match="cupy:99.*a device below 2"):
+    with pytest.raises(nnx.BackendUnavailable, match=r"cupy:99.*a device below 2"):
         get_backend("cupy:99")
 
 
