@@ -251,10 +251,13 @@ class CupyBackend(XpBackend):
 
     def fits(self, nbytes: int) -> bool:
         """Whether the data take at most 60 % of the memory that is free, CuPy's pool included."""
+        return nbytes <= 0.6 * self._room()[0]
+
+    def _room(self) -> tuple[int, int]:
+        """Bytes of memory that are free, in CuPy's pool too, and that there are."""
         with self.activate():
-            free, _ = self.xp.cuda.runtime.memGetInfo()
-            pooled = self.xp.get_default_memory_pool().free_bytes()
-        return bool(nbytes <= 0.6 * (free + pooled))
+            free, total = self.xp.cuda.runtime.memGetInfo()
+            return free + self.xp.get_default_memory_pool().free_bytes(), total
 
     def step_state(self) -> StepState:
         """A fresh `CupyStepState`."""
@@ -312,12 +315,10 @@ class CupyBackend(XpBackend):
         refused = isinstance(error, cuda.runtime.CUDARuntimeError) and error.status == _NO_MEMORY
         if not (refused or isinstance(error, cuda.memory.OutOfMemoryError)):
             return None  # CuPy's own error, or without its pool CUDA's
-        with self.activate():
-            free, total = cuda.runtime.memGetInfo()
-            pooled = self.xp.get_default_memory_pool().free_bytes()
+        free, total = self._room()
         needed = getattr(error, "_size", None)
         asked = str(error) if needed is None else f"{_bytes(needed)} more were needed"
-        return f"{asked}, {_bytes(free + pooled)} of {_bytes(total)} are free on {self.name}"
+        return f"{asked}, {_bytes(free)} of {_bytes(total)} are free on {self.name}"
 
     # ---- launching -----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The command `nnx`: what it prints, what it writes, and how it ends."""
 
+import functools
 import gzip
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_runs import Result, call
 
 import nnx
 from nnx import cli
@@ -30,25 +32,13 @@ FILES = {"config.json", "model.safetensors", "history.csv", "curves.png"}
 CLASSES = ("cat", "dog", "owl")
 
 
-class Result:
-    """Exit status and output of a command."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
 Nnx = Callable[..., Result]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Nnx:
     """Call `main` in this process."""
-
-    def call(*argv: str | Path) -> Result:
-        status = main([str(argument) for argument in argv])
-        return Result(status, *capsys.readouterr())
-
-    return call
+    return functools.partial(call, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The command `nnx check`: what it prints and writes, and how it ends."""
 
+import functools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_runs import Result, call
 
 import nnx
 from nnx.backends import NumpyBackend
@@ -24,25 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("cat", "dog", "owl")
 
 
-class Result:
-    """Exit status and output of a command."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
 Check = Callable[..., Result]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Check:
     """Call `nnx check` in this process."""
-
-    def call(*argv: str | Path) -> Result:
-        status = main(["check", *(str(argument) for argument in argv)])
-        return Result(status, *capsys.readouterr())
-
-    return call
+    return functools.partial(call, capsys, "check")
 
 
 @pytest.fixture(autouse=True)
