@@ -26,7 +26,7 @@ from nnx.backends.base import (
     StepState,
     XpBackend,
 )
-from nnx.backends.numpy_backend import NumpyBackend
+from nnx.backends.numpy_backend import NUMPY, NumpyBackend
 
 __all__ = [
     "Array",
@@ -42,7 +42,7 @@ __all__ = [
     "resolve",
 ]
 
-_NUMPY = NumpyBackend()
+_NUMPY: NumpyBackend = NUMPY
 _CUPY: dict[int, Backend] = {}  # by device, those that arrays were found on
 
 

@@ -1,6 +1,15 @@
-"""The CPU backend: `XpBackend` on NumPy, with another body only where a benchmark shows it pays."""
+"""The CPU backend: `XpBackend` on NumPy, with another body only where a benchmark shows it pays.
+
+Where the extension `nnx.backends._cpu` (sources in `cpu/`) was built, `KernelBackend` does the
+operations of a training step by its C kernels. A kernel takes C-contiguous arrays of float32 or
+float64 and declines all else; then, and where there is no extension, `NumpyBackend` does it.
+"""
 
 from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
 
 import numpy as np
 
@@ -30,3 +39,61 @@ class NumpyBackend(XpBackend):
     def _take_rows(self, source: Array, index: Array, out: Array) -> Array:
         # `order` is a permutation, so nothing is clipped; mode "raise" would buffer the output
         return np.take(source, index, axis=0, out=out, mode="clip")
+
+
+class KernelBackend(NumpyBackend):
+    """NumPy on the CPU, with the C kernels."""
+
+    def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
+        """As in `XpBackend`, in one pass."""
+        if _cpu.bias_grad(dy, out, accumulate):
+            return out
+        return super().bias_grad(dy, out, accumulate=accumulate)
+
+    def relu(self, x: Array) -> tuple[Array, Array]:
+        """As in `XpBackend`, but the mask is the output itself: it is positive where x is."""
+        y = self.empty(x.shape, x.dtype)
+        return (y, y) if _cpu.relu(x, y) else super().relu(x)
+
+    def relu_backward(self, dy: Array, mask: Array) -> Array:
+        """As in `XpBackend`, of either kind of mask."""
+        dx = self.empty(dy.shape, dy.dtype)
+        if _cpu.relu_backward(dy, mask, dx):
+            return dx
+        return super().relu_backward(dy, mask if mask.dtype == bool else mask > 0)
+
+    def bias_relu(self, z: Array, bias: Array) -> tuple[Array, Array]:
+        """As in `XpBackend`, in one pass, with `relu`'s mask."""
+        return (z, z) if _cpu.bias_relu(z, bias) else super().bias_relu(z, bias)
+
+    def bias_relu_backward(
+        self, dy: Array, mask: Array, dbias: Array, *, accumulate: bool = False
+    ) -> Array:
+        """As in `XpBackend`, in one pass."""
+        dz = self.empty(dy.shape, dy.dtype)
+        if _cpu.bias_relu_backward(dy, mask, dz, dbias, accumulate):
+            return dz
+        return super().bias_relu_backward(dy, mask, dbias, accumulate=accumulate)
+
+
+def _load() -> Any:
+    """The extension, if it was built, isn't switched off, and sees NumPy's arrays as they are."""
+    if os.environ.get("NNX_DISABLE_CPU_KERNELS"):
+        return None
+    try:
+        _cpu: Any = importlib.import_module("nnx.backends._cpu")
+    except ImportError:
+        return None
+    for a in (np.zeros((3, 2), np.float32)[1:], np.zeros((2, 3))[:, ::-1], np.zeros(2, np.int64)):
+        address, shape, strides, flags, _, kind = _cpu.layout(a) or (0, (), (), 0, 0, 0)
+        seen = (address, shape, strides, flags & 1, ("f4", "f8", "i8")[kind])
+        if seen != (a.ctypes.data, a.shape, a.strides, a.flags.c_contiguous, a.dtype.str[1:]):
+            return None
+    os.register_at_fork(after_in_child=lambda: _cpu.set_num_threads(1))  # OpenMP's threads are gone
+    return _cpu
+
+
+CPU = _cpu = _load()
+"""The extension, or None."""
+NUMPY = NumpyBackend() if _cpu is None else KernelBackend()
+"""The backend on this machine."""

@@ -1,22 +1,24 @@
 """Fixtures for the whole suite, and the rule for tests that need a GPU, a compiler or PyTorch.
 
 A test marked `gpu` is skipped with a reason where no device works, and fails there if
-`NNX_REQUIRE_GPU=1`: a suite that skips in silence is green and proves nothing. `torch`, `nvrtc`
-and `ptxas` likewise, with `NNX_REQUIRE_TORCH=1` and so on. CuPy is asked for a device only when a
-test that needs one is about to run.
+`NNX_REQUIRE_GPU=1`: a suite that skips in silence is green and proves nothing. `torch`, `nvrtc`,
+`ptxas` and `kernels` likewise, with `NNX_REQUIRE_TORCH=1` and so on. CuPy is asked for a device
+only when a test that needs one is about to run.
 """
 
 import functools
 import importlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import cpu_kernels
 import cuda_compilers
 import numpy as np
 import pytest
 from kernel_cases import limit_grid
 
-from nnx.backends import Backend, BackendUnavailable, available, get_backend
+from nnx.backends import Backend, BackendUnavailable, available, get_backend, numpy_backend
 from nnx.backends.base import Array, XpBackend
 
 
@@ -35,6 +37,8 @@ def _missing(marker: str) -> str | None:
         except ImportError as error:
             return f"PyTorch can't be imported: {error}"
         return None
+    if marker == "kernels":
+        return None if numpy_backend.CPU is not None else "nnx.backends._cpu isn't built, or is off"
     if marker in ("nvrtc", "ptxas"):
         try:
             from cupy.cuda import nvrtc
@@ -55,7 +59,7 @@ def _missing(marker: str) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("gpu", "torch", "nvrtc", "ptxas"):
+    for marker in ("gpu", "torch", "nvrtc", "ptxas", "kernels"):
         variable = f"NNX_REQUIRE_{marker.upper()}"
         if item.get_closest_marker(marker) is None:
             continue
@@ -71,6 +75,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend in turn. Inputs go in by `backend.asarray`, results out by `to_numpy`."""
     return get_backend(request.param)
+
+
+@pytest.fixture(params=cpu_kernels.instructions())
+def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The NumPy backend, on each set of C kernels that runs here and on nothing else."""
+    with cpu_kernels.only_kernels(request.param) as backend:
+        yield backend
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])

@@ -1,0 +1,59 @@
+"""Builds the extension: with OpenMP where the compiler has it, else single-threaded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from setuptools.command.build_ext import build_ext
+
+_PROBE = """
+#include <omp.h>
+int main(void) {
+    int n = 0;
+#pragma omp parallel num_threads(2)
+#pragma omp atomic
+    n++;
+    return n == 0;
+}
+"""
+
+
+class BuildKernels(build_ext):  # type: ignore[misc]
+    """`build_ext` that adds the flags of the compiler at hand.
+
+    The extension is optional (pyproject.toml): where it can't be built nnx runs on NumPy.
+    """
+
+    def build_extension(self, ext: Any) -> None:
+        """Build one extension."""
+        if self.compiler.compiler_type == "msvc":
+            ext.extra_compile_args += ["/O2", "/fp:precise"]
+            flags = ["/openmp"]
+        else:
+            # The order of operations is that of the sources: no contraction, no reassociation.
+            # What is given up is only errno and the trapping of floating-point exceptions.
+            ext.extra_compile_args += ["-std=c11", "-O3", "-Wall", "-Wextra", "-ffp-contract=off"]
+            ext.extra_compile_args += ["-fno-math-errno", "-fno-trapping-math"]
+            ext.extra_compile_args += ["-fvisibility=hidden"]
+            flags = ["-fopenmp"]
+        if self._compiles(flags):
+            ext.extra_compile_args += flags
+            ext.extra_link_args += flags
+        super().build_extension(ext)
+
+    def _compiles(self, flags: list[str]) -> bool:
+        """Whether a program with OpenMP compiles and links."""
+        if os.environ.get("NNX_NO_OPENMP"):
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(_PROBE, encoding="utf-8")
+            try:
+                objects = self.compiler.compile([str(source)], folder, extra_postargs=flags)
+                self.compiler.link_executable(objects, "probe", folder, extra_postargs=flags)
+            except Exception:  # each compiler has its own
+                return False
+        return True

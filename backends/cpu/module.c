@@ -1,0 +1,204 @@
+/* The module nnx.backends._cpu: what NumPy's arrays are, threads, and which kernels run. */
+#include "nnx_cpu.h"
+
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+const Kernels *kernels = &kernels_baseline;
+
+/* ---- arrays ---------------------------------------------------------------------------------- */
+
+static PyTypeObject *ndarray;
+
+enum { C_CONTIGUOUS = 0x1, ALIGNED = 0x100, WRITEABLE = 0x400 }; /* NumPy's flags */
+
+const Array *array_of(PyObject *object, int access) {
+    if (Py_TYPE(object) != ndarray)
+        return NULL;
+    const Array *a = (const Array *)object;
+    const int needed = C_CONTIGUOUS | ALIGNED | (access == WRITE ? WRITEABLE : 0);
+    return (a->flags & needed) == needed && a->descr->byteorder != '>' ? a : NULL;
+}
+
+int dtype_of(const Array *a) {
+    switch (a->descr->number) { /* NumPy's type numbers */
+    case 0: return BOOL;
+    case 7: return sizeof(long) == 8 ? I64 : OTHER;
+    case 9: return I64;
+    case 11: return F32;
+    case 12: return F64;
+    default: return OTHER;
+    }
+}
+
+int64_t leading(const Array *a, int n) {
+    int64_t product = 1;
+    for (int i = 0; i < a->nd - n; i++)
+        product *= a->shape[i];
+    return product;
+}
+
+int64_t size_of(const Array *a) { return leading(a, 0); }
+
+int same_shape(const Array *a, const Array *b) {
+    return a->nd == b->nd && memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0;
+}
+
+int number_of(PyObject *object, double *number) {
+    *number = PyFloat_AsDouble(object);
+    if (*number == -1.0 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return 0;
+    }
+    return 1;
+}
+
+static PyObject *py_layout(ARGUMENTS) {
+    if (n_args != 1 || Py_TYPE(args[0]) != ndarray)
+        Py_RETURN_NONE;
+    const Array *a = (const Array *)args[0];
+    PyObject *shape = PyTuple_New(a->nd), *strides = PyTuple_New(a->nd);
+    if (shape && strides)
+        for (int i = 0; i < a->nd; i++) {
+            PyTuple_SetItem(shape, i, PyLong_FromSsize_t(a->shape[i]));
+            PyTuple_SetItem(strides, i, PyLong_FromSsize_t(a->strides[i]));
+        }
+    return Py_BuildValue("(KNNiii)", (unsigned long long)(uintptr_t)a->data, shape, strides,
+                         a->flags, a->descr->number, dtype_of(a));
+}
+
+/* ---- threads --------------------------------------------------------------------------------- */
+
+static int max_threads = 1;
+
+void run(Kernel kernel, const void *args, int64_t n, double ns) {
+    const double total = ns * (double)n;
+    if (n <= 1 || total < 20e3) { /* ns; below that two threads are hardly faster, or slower */
+        PyThreadState *state = total > 5e3 ? PyEval_SaveThread() : NULL;
+        kernel(args, 0, n);
+        if (state)
+            PyEval_RestoreThread(state);
+        return;
+    }
+    PyThreadState *state = PyEval_SaveThread();
+    const int64_t wanted = MIN((int64_t)(total / 10e3), n);
+    const int n_threads = (int)MIN(wanted, max_threads);
+    if (n_threads <= 1)
+        kernel(args, 0, n);
+#ifdef _OPENMP
+    else {
+        /* parts begin at multiples of 64 items where there are many, so that none share a line */
+        const int64_t unit = n >= 64 * 64 * n_threads ? 64 : 1;
+        const int64_t units = (n + unit - 1) / unit;
+#pragma omp parallel num_threads(n_threads)
+        {
+            const int64_t i = omp_get_thread_num(), parts = omp_get_num_threads();
+            const int64_t begin = units * i / parts * unit;
+            const int64_t end = MIN(units * (i + 1) / parts * unit, n);
+            if (begin < end)
+                kernel(args, begin, end);
+        }
+    }
+#else
+    else
+        kernel(args, 0, n);
+#endif
+    PyEval_RestoreThread(state);
+}
+
+static PyObject *py_set_num_threads(ARGUMENTS) {
+    const long n = n_args == 1 ? PyLong_AsLong(args[0]) : 0;
+    if (PyErr_Occurred())
+        return NULL;
+#ifdef _OPENMP
+    max_threads = (int)MAX(1, MIN(n, 1024));
+#else
+    max_threads = 1;
+#endif
+    return PyLong_FromLong(max_threads);
+}
+
+/* ---- which kernels ---------------------------------------------------------------------------- */
+
+static const Kernels *supported(const char *name) {
+    if (strcmp(name, "baseline") == 0)
+        return &kernels_baseline;
+#ifdef NNX_X86
+    __builtin_cpu_init();
+    if (strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return &kernels_avx2;
+    if (strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return &kernels_avx512;
+#endif
+    return NULL;
+}
+
+static const char *const instruction_sets[] = {"avx512", "avx2", "baseline"}; /* best first */
+
+static PyObject *py_use(ARGUMENTS) {
+    PyObject *bytes = n_args == 1 ? PyUnicode_AsUTF8String(args[0]) : NULL;
+    if (!bytes)
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "use(name): one name");
+    const Kernels *found = supported(PyBytes_AsString(bytes));
+    Py_DECREF(bytes);
+    if (!found)
+        NOT_MINE;
+    kernels = found;
+    DONE;
+}
+
+static PyObject *py_info(ARGUMENTS) {
+    (void)args, (void)n_args;
+#ifdef _OPENMP
+    const int openmp = 1;
+#else
+    const int openmp = 0;
+#endif
+    return Py_BuildValue("{s:s,s:O,s:i}", "instructions", kernels->name, "openmp",
+                         openmp ? Py_True : Py_False, "threads", max_threads);
+}
+
+/* ---- the module ------------------------------------------------------------------------------- */
+
+static PyMethodDef methods[] = {
+    METHOD(layout, "layout(array): address, shape, strides, flags, type number, dtype as seen"),
+    METHOD(set_num_threads, "set_num_threads(n): the most threads a kernel may use"),
+    METHOD(use, "use(instructions): whether these kernels run here; from now on they do"),
+    METHOD(info, "info(): instruction set, OpenMP, threads"),
+    {NULL, NULL, 0, NULL},
+};
+
+static int execute(PyObject *module) {
+    PyObject *numpy = PyImport_ImportModule("numpy");
+    if (!numpy)
+        return -1;
+    ndarray = (PyTypeObject *)PyObject_GetAttrString(numpy, "ndarray");
+    Py_DECREF(numpy);
+    if (!ndarray)
+        return -1;
+    for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
+        if ((kernels = supported(instruction_sets[i])))
+            break;
+    PyMethodDef *files[] = {relu_methods};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (PyModule_AddFunctions(module, files[i]) < 0)
+            return -1;
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "nnx.backends._cpu",
+    .m_doc = "Kernels for the CPU; see nnx.backends.numpy_backend.",
+    .m_size = 0,
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,58 @@
+"""The C kernels against the XpBackend bodies, for every instruction set that runs here."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_kernels import instructions
+from kernel_calls import CALLS
+from kernel_cases import REFERENCE, SHAPES, TOLERANCE, special
+
+from nnx.backends import get_backend, numpy_backend
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_operation_is_that_of_its_definition(kernels: Any, name: str, dtype: Any) -> None:
+    found = CALLS[name](kernels, dtype, np.random.default_rng(3))
+    expected = CALLS[name](REFERENCE, dtype, np.random.default_rng(3))
+    rtol, atol = TOLERANCE[np.dtype(dtype)]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of inf - inf
+@pytest.mark.parametrize("shape", SHAPES)
+def test_relu_and_bias(kernels: Any, shape: tuple[int, int], dtype: Any) -> None:
+    rng = np.random.default_rng(1)
+    x, dy = special(rng, shape, dtype), special(rng, shape, dtype)
+    bias = rng.standard_normal(shape[1]).astype(dtype)
+    for accumulate in (False, True):
+        start = rng.standard_normal(shape[1]).astype(dtype)
+        results = []
+        for backend in (kernels, REFERENCE):
+            z, dbias, total = x.copy(), start.copy(), start.copy()
+            y, mask = backend.bias_relu(z, bias)
+            dz = backend.bias_relu_backward(dy, mask, dbias, accumulate=accumulate)
+            backend.bias_grad(dy, total, accumulate=accumulate)
+            only, of_only = backend.relu(x)
+            results.append([y, dz, dbias, total, only, backend.relu_backward(dy, of_only)])
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_an_array_that_no_kernel_takes_is_left_to_numpy(dtype: Any) -> None:
+    backend, rng = get_backend("numpy"), np.random.default_rng(2)
+    x = special(rng, (6, 8), dtype)[:, ::2]
+    y, mask = backend.relu(x)
+    np.testing.assert_array_equal(y, REFERENCE.relu(x)[0])
+    dy = np.asfortranarray(rng.standard_normal((6, 4)).astype(dtype))
+    np.testing.assert_array_equal(backend.relu_backward(dy, mask), np.where(x > 0, dy, 0))
+    _, mask = backend.relu(np.ascontiguousarray(x))  # the kernel's own mask, and NumPy's backward
+    np.testing.assert_array_equal(backend.relu_backward(dy, mask), np.where(x > 0, dy, 0))
+
+
+def test_the_best_kernels_are_in_use() -> None:
+    cpu: Any = numpy_backend.CPU
+    assert cpu.info()["instructions"] == instructions()[-1]
