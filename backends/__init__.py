@@ -26,7 +26,8 @@ from nnx.backends.base import (
     StepState,
     XpBackend,
 )
-from nnx.backends.numpy_backend import NUMPY, NumpyBackend
+from nnx.backends.numpy_backend import NUMPY as _HOST
+from nnx.backends.numpy_backend import NumpyBackend
 
 __all__ = [
     "Array",
@@ -42,7 +43,7 @@ __all__ = [
     "resolve",
 ]
 
-_NUMPY: NumpyBackend = NUMPY
+_NUMPY: NumpyBackend = _HOST
 _CUPY: dict[int, Backend] = {}  # by device, those that arrays were found on
 
 

@@ -44,6 +44,12 @@ class NumpyBackend(XpBackend):
 class KernelBackend(NumpyBackend):
     """NumPy on the CPU, with the C kernels."""
 
+    def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array:
+        """As in `XpBackend`; small products by a kernel, the others by NumPy's BLAS."""
+        if _cpu.gemm(a, b, out, accumulate, None, False):
+            return out
+        return super().gemm(a, b, out, accumulate=accumulate)
+
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`, in one pass."""
         if _cpu.bias_grad(dy, out, accumulate):

@@ -56,3 +56,37 @@ def test_an_array_that_no_kernel_takes_is_left_to_numpy(dtype: Any) -> None:
 def test_the_best_kernels_are_in_use() -> None:
     cpu: Any = numpy_backend.CPU
     assert cpu.info()["instructions"] == instructions()[-1]
+
+
+def test_biases_of_models_lie_apart_in_the_flat_vector(kernels: Any, dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    z, dy = (rng.standard_normal((3, 5, 7)).astype(dtype) for _ in range(2))
+    bias = rng.standard_normal((3, 64)).astype(dtype)[:, 9:16]
+    results = []
+    for backend in (kernels, REFERENCE):
+        flat = np.full((3, 64), 0.5, dtype)
+        y, mask = backend.bias_relu(z.copy(), bias)
+        shared, _ = backend.bias_relu(z.copy(), bias[1])
+        dz = backend.bias_relu_backward(dy, mask, flat[:, 9:16], accumulate=True)
+        backend.bias_grad(dy, flat[:, 20:27])
+        results.append([y, shared, dz, flat])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (4, 2, 3), (7, 300, 33), (70, 5, 129), (7, 0, 5)]
+)
+@pytest.mark.parametrize("transposed", ["", "a", "b"])
+def test_small_products(kernels: Any, m: int, k: int, n: int, transposed: str, dtype: Any) -> None:
+    rng = np.random.default_rng(5)
+    a = rng.standard_normal((k, m) if transposed == "a" else (m, k)).astype(dtype)
+    b = rng.standard_normal((n, k) if transposed == "b" else (k, n)).astype(dtype)
+    a, b = a.T if transposed == "a" else a, b.T if transposed == "b" else b
+    expected = np.array([[sum(x * y for x, y in zip(r, c, strict=True)) for c in b.T] for r in a])
+    out = np.full((m, n), np.nan, dtype)
+    kernels.gemm(a, b, out)
+    loose = 1e-4 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(out, expected.reshape(m, n), rtol=loose, atol=loose)
+    twice = kernels.gemm(a, b, out.copy(), accumulate=True)
+    np.testing.assert_allclose(twice, 2 * out, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 #include "nnx_cpu.h"
 
 #ifdef NNX_X86
+#include <immintrin.h>
 #include <math.h>
 
 #ifdef __clang__
@@ -12,6 +13,13 @@
 #endif
 #define KERNELS_NAME kernels_avx512
 #define ISA "avx512"
+#define SPLAT_f32 _mm512_set1_ps
+#define SPLAT_f64 _mm512_set1_pd
+#define FMA_f32 _mm512_fmadd_ps
+#define FMA_f64 _mm512_fmadd_pd
+#define VECTOR 64 /* bytes */
+#define HEIGHT 6
+#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop

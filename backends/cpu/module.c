@@ -14,12 +14,27 @@ static PyTypeObject *ndarray;
 
 enum { C_CONTIGUOUS = 0x1, ALIGNED = 0x100, WRITEABLE = 0x400 }; /* NumPy's flags */
 
-const Array *array_of(PyObject *object, int access) {
+static const Array *with_flags(PyObject *object, int needed) {
     if (Py_TYPE(object) != ndarray)
         return NULL;
     const Array *a = (const Array *)object;
-    const int needed = C_CONTIGUOUS | ALIGNED | (access == WRITE ? WRITEABLE : 0);
     return (a->flags & needed) == needed && a->descr->byteorder != '>' ? a : NULL;
+}
+
+const Array *array_of(PyObject *object, int access) {
+    return with_flags(object, C_CONTIGUOUS | ALIGNED | (access == WRITE ? WRITEABLE : 0));
+}
+
+const Array *any_array_of(PyObject *object) { return with_flags(object, ALIGNED); }
+
+const Array *vectors_of(PyObject *object, int access) {
+    const Array *a = with_flags(object, ALIGNED | (access == WRITE ? WRITEABLE : 0));
+    if (!a || a->nd < 1 || a->nd > 2 || !is_floating(a))
+        return NULL;
+    const Py_ssize_t size = dtype_of(a) == F32 ? 4 : 8;
+    if (a->shape[a->nd - 1] > 1 && a->strides[a->nd - 1] != size)
+        return NULL;
+    return a->nd == 2 && (a->strides[0] < 0 || a->strides[0] % size) ? NULL : a;
 }
 
 int dtype_of(const Array *a) {
@@ -183,7 +198,7 @@ static int execute(PyObject *module) {
     for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
         if ((kernels = supported(instruction_sets[i])))
             break;
-    PyMethodDef *files[] = {relu_methods};
+    PyMethodDef *files[] = {gemm_methods, relu_methods};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (PyModule_AddFunctions(module, files[i]) < 0)
             return -1;

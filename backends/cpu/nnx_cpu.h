@@ -12,6 +12,7 @@
 #include <Python.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 /* ---- arrays ---------------------------------------------------------------------------------- */
 
@@ -39,6 +40,10 @@ enum { READ, WRITE };
 
 /* The array, if it is C-contiguous, aligned, in native byte order, and writable where asked. */
 const Array *array_of(PyObject *object, int access);
+/* The array of any strides, if it is aligned and in native byte order. */
+const Array *any_array_of(PyObject *object);
+/* Vectors (n,) or (K, n), each contiguous, the rows any distance apart; as `array_of` otherwise. */
+const Array *vectors_of(PyObject *object, int access);
 int dtype_of(const Array *a);
 int64_t size_of(const Array *a);
 /* Product of all axes but the last `n`. */
@@ -68,7 +73,7 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
 
 /* Every kernel, once for each dtype and instruction set: the template is NAME in a file *.inc. */
 #define KERNELS(X) \
-    X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias)
+    X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm)
 
 typedef struct {
     const char *name;
@@ -89,6 +94,6 @@ extern const Kernels kernels_avx2, kernels_avx512;
 
 /* ---- the files of the module ------------------------------------------------------------------ */
 
-extern PyMethodDef relu_methods[];
+extern PyMethodDef gemm_methods[], relu_methods[];
 
 #endif

@@ -23,23 +23,23 @@ static PyObject *py_relu_backward(ARGUMENTS) {
     DONE;
 }
 
-/* Checks rows `z` (..., N, n) against a bias (..., n), or (n,) for all models. */
-static int with_bias(const Array *z, const Array *bias, BiasArgs *a) {
-    if (z->nd < 2 || bias->nd < 1 || !is_floating(z) || dtype_of(z) != dtype_of(bias) ||
-        last(z) != last(bias))
-        return 0;
-    const int64_t models = leading(z, 2);
+/* Rows `z` (N, n) with a bias (n,), or (K, N, n) with (n,) or (K, n), one vector per model: a view of
+ * the flat parameters, whose rows lie apart. */
+static const Array *bias_of(PyObject *object, const Array *z, int access, BiasArgs *a) {
+    const Array *bias = z->nd == 2 || z->nd == 3 ? vectors_of(object, access) : NULL;
+    if (!bias || !is_floating(z) || dtype_of(z) != dtype_of(bias) || last(z) != last(bias) ||
+        (bias->nd == 2 && (z->nd != 3 || bias->shape[0] != z->shape[0])))
+        return NULL;
     a->rows = z->shape[z->nd - 2];
     a->n = last(z);
-    a->shared = bias->nd == 1;
-    return a->shared || leading(bias, 1) == models;
+    a->apart = bias->nd == 2 ? bias->strides[0] / (dtype_of(z) == F32 ? 4 : 8) : 0;
+    return bias;
 }
 
 static PyObject *rows_and_bias(PyObject *const *args, Py_ssize_t n_args, const Kernel kernel[2]) {
     const Array *z, *bias;
     BiasArgs a = {0};
-    if (n_args != 2 || !(z = array_of(args[0], WRITE)) || !(bias = array_of(args[1], READ)) ||
-        !with_bias(z, bias, &a))
+    if (n_args != 2 || !(z = array_of(args[0], WRITE)) || !(bias = bias_of(args[1], z, READ, &a)))
         NOT_MINE;
     a.z = z->data;
     a.bias = bias->data;
@@ -59,9 +59,9 @@ static PyObject *py_bias_relu_backward(ARGUMENTS) {
     const Array *dy, *y, *dz, *dbias;
     BiasArgs a = {0};
     if (n_args != 5 || !(dy = array_of(args[0], READ)) || !(y = array_of(args[1], READ)) ||
-        !(dz = array_of(args[2], WRITE)) || !(dbias = array_of(args[3], WRITE)) ||
-        dtype_of(dy) != dtype_of(y) || dtype_of(dy) != dtype_of(dz) || !same_shape(dy, y) ||
-        !same_shape(dy, dz) || !with_bias(dy, dbias, &a) || (a.shared && leading(dy, 2) != 1))
+        !(dz = array_of(args[2], WRITE)) || dtype_of(dy) != dtype_of(y) ||
+        dtype_of(dy) != dtype_of(dz) || !same_shape(dy, y) || !same_shape(dy, dz) ||
+        !(dbias = bias_of(args[3], dy, WRITE, &a)) || dbias->nd != dy->nd - 1)
         NOT_MINE;
     a.dy = dy->data, a.y = y->data, a.z = dz->data, a.dbias = dbias->data;
     a.accumulate = args[4] == Py_True;
@@ -72,8 +72,8 @@ static PyObject *py_bias_relu_backward(ARGUMENTS) {
 static PyObject *py_bias_grad(ARGUMENTS) {
     const Array *dy, *dbias;
     BiasArgs a = {0};
-    if (n_args != 3 || !(dy = array_of(args[0], READ)) || !(dbias = array_of(args[1], WRITE)) ||
-        !with_bias(dy, dbias, &a) || (a.shared && leading(dy, 2) != 1))
+    if (n_args != 3 || !(dy = array_of(args[0], READ)) ||
+        !(dbias = bias_of(args[1], dy, WRITE, &a)) || dbias->nd != dy->nd - 1)
         NOT_MINE;
     a.dy = dy->data, a.dbias = dbias->data;
     a.accumulate = args[2] == Py_True;
