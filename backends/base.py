@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tracemalloc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -33,6 +34,16 @@ class CaptureError(RuntimeError):
 
 class OutOfMemory(MemoryError):
     """The device has too little memory; the message says for what, and what to change."""
+
+
+def readable(nbytes: int) -> str:
+    """A number of bytes as people read it."""
+    size, unit = float(nbytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
 
 
 class Graph(Protocol):
@@ -176,6 +187,8 @@ class Backend(Protocol):
     def activate(self) -> contextlib.AbstractContextManager[Any]: ...
     def stream(self) -> Hashable: ...
     def fits(self, nbytes: int) -> bool: ...
+    @contextlib.contextmanager
+    def watch_memory(self) -> Iterator[Callable[[], tuple[int, int]]]: ...
     def step_state(self) -> StepState: ...
     def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> Feeder: ...
     def capture(self, work: Callable[[], Any], state: StepState) -> Graph: ...
@@ -495,6 +508,32 @@ class XpBackend:
     def fits(self, nbytes: int) -> bool:
         """Whether a data set of this size should live on the device."""
         return True
+
+    @contextlib.contextmanager
+    def watch_memory(self) -> Iterator[Callable[[], tuple[int, int]]]:
+        """A context whose function tells bytes allocated: now, and most since it was last asked.
+
+        On the host these are tracemalloc's, so Python's objects count too. Where that traces
+        already, it goes on, and the peak it knows stays.
+        """
+        tracing = tracemalloc.is_tracing()
+        if not tracing:
+            tracemalloc.start()
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+
+        def read() -> tuple[int, int]:
+            found = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            return found
+
+        try:
+            yield read
+        finally:
+            if tracing:  # whoever traces finds the peak as it was: no page of this is touched
+                np.empty(max(highest - tracemalloc.get_traced_memory()[0], 0), np.uint8)
+            else:
+                tracemalloc.stop()
 
     def step_state(self) -> StepState:
         """A fresh `StepState`."""

@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -32,6 +32,7 @@ from nnx.backends.base import (
     Update,
     XpBackend,
     check_operands,
+    readable,
 )
 from nnx.backends.cublas import Cublas, CublasError, plan
 from nnx.backends.cupy_step import CupyFeeder, CupyGraph, CupyStepState
@@ -253,6 +254,27 @@ class CupyBackend(XpBackend):
         """Whether the data take at most 60 % of the memory that is free, CuPy's pool included."""
         return nbytes <= 0.6 * self._room()[0]
 
+    @contextlib.contextmanager
+    def watch_memory(self) -> Iterator[Callable[[], tuple[int, int]]]:
+        """As in `XpBackend`, of the device's memory; it comes from a pool of its own."""
+        cuda, peak = self.xp.cuda, 0
+        pool = cuda.MemoryPool()
+
+        def allocate(size: int) -> Any:
+            nonlocal peak
+            memory = pool.malloc(size)
+            peak = max(peak, pool.used_bytes())
+            return memory
+
+        def read() -> tuple[int, int]:
+            nonlocal peak
+            now = pool.used_bytes()
+            found, peak = (now, max(peak, now)), now
+            return found
+
+        with self.activate(), cuda.using_allocator(allocate):
+            yield read
+
     def _room(self) -> tuple[int, int]:
         """Bytes of memory that are free, in CuPy's pool too, and that there are."""
         with self.activate():
@@ -317,8 +339,8 @@ class CupyBackend(XpBackend):
             return None  # CuPy's own error, or without its pool CUDA's
         free, total = self._room()
         needed = getattr(error, "_size", None)
-        asked = str(error) if needed is None else f"{_bytes(needed)} more were needed"
-        return f"{asked}, {_bytes(free)} of {_bytes(total)} are free on {self.name}"
+        asked = str(error) if needed is None else f"{readable(needed)} more were needed"
+        return f"{asked}, {readable(free)} of {readable(total)} are free on {self.name}"
 
     # ---- launching -----------------------------------------------------------------------------
 
@@ -1109,16 +1131,6 @@ template <typename T> __device__ T maximum(T a, T b) { return a > b || a != a ? 
 template <typename T> __device__ T minimum(T a, T b) { return a < b || a != a ? a : b; }
 template <typename T> __device__ T sign(T a) { return a != a ? a : T((a > T(0)) - (a < T(0))); }
 """
-
-
-def _bytes(n: int) -> str:
-    """A number of bytes as people read it."""
-    size, unit = float(n), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.4g} {unit}"
 
 
 def _sized(a: Array | None, size: int | None = None) -> Any:

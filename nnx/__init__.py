@@ -43,6 +43,7 @@ from nnx.losses import (
     SoftmaxNLL,
     SquaredHinge,
 )
+from nnx.memory import Memory
 from nnx.metrics import (
     F1,
     MAE,
@@ -103,6 +104,7 @@ __all__ = [
     "Loss",
     "MeanAbsoluteError",
     "MeanSquaredError",
+    "Memory",
     "Metric",
     "Mish",
     "Optimizer",

@@ -12,9 +12,10 @@ after `backward`, and the weight decay is in the optimizer.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, Self, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
@@ -166,6 +167,12 @@ class Optimizer:
                 f"{type(self).__name__}: already bound to other parameters; make a new optimizer"
             )
         self._vector = vector
+
+    def rehearsal(self, vector: ParameterVector) -> Self:
+        """One like this for other parameters, without state and of learning rate 0."""
+        twin = copy.copy(self)
+        twin._vector, twin._steps, twin._slots, twin._lr = vector, None, {}, 0.0
+        return twin
 
     def plan(
         self,

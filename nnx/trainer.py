@@ -20,6 +20,7 @@ from nnx.backends.philox import SHUFFLE, check_seed, generator
 from nnx.data.arrays import check_features
 from nnx.layers import Layer, Step
 from nnx.losses import Loss
+from nnx.memory import Memory, input_shape, of_training
 from nnx.metrics import Accuracy, Metric
 from nnx.optimizers import Optimizer
 from nnx.parameter import ParameterVector
@@ -462,6 +463,53 @@ class Trainer:
             data = _Data(self.backend, [features])
             outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]
             return np.concatenate(outputs, axis=0 if self.vector.n_models is None else 1)
+
+    def memory(
+        self,
+        x: Any = None,
+        t: Any = None,
+        *,
+        batch_size: int = 32,
+        n_samples: int | None = None,
+        n_validation: int = 0,
+        sample_weight: Any = None,
+        metrics: Sequence[Metric] | None = None,
+    ) -> Memory:
+        """The memory that `fit`, or `train_step`, would take: nothing is trained or changed.
+
+        The step runs on a few samples, on a copy. What it asks for is scaled to `batch_size`.
+
+        Args:
+            x: Samples as for `fit`, all or a few, of which shape and dtype matter; by default of
+                the width that the model's first layer tells.
+            t: Their targets; by default labels for a loss that classifies, else numbers.
+            batch_size: Samples in a step.
+            n_samples: How many there are; by default as many as in `x`. 0 stands for `train_step`,
+                whose batches are the caller's.
+            n_validation: How many there are to evaluate on after each epoch.
+            sample_weight: Their weights in the loss, if they will have any.
+            metrics: As in `fit`.
+
+        Returns:
+            Bytes, by what they are for: at the peak, from the first step on. Not counted: what the
+            caller has, Python and the libraries themselves, and on a GPU CUDA's context, pinned
+            host memory, captured graphs, and what CuPy's pool keeps for later.
+        """
+        batch_size = _batch_size("memory", batch_size)
+        n = (0 if x is None else len(x)) if n_samples is None else n_samples
+        if min(n, n_validation) < 0:
+            raise ValueError(f"memory: expected numbers of samples, got {n} and {n_validation}")
+        with self.backend.activate(), self._memory("memory", batch_size):
+            if x is None:
+                x = np.zeros((1, *input_shape(self.model, "memory")), self.vector.value.dtype)
+            given = [a[:64] for a in (x, t, sample_weight) if a is not None]
+            if t is None:
+                y = self.model(self.backend.asarray(self._features("memory", given[0])))
+                shape = y.shape if self.vector.n_models is None else y.shape[1:]
+                t = np.zeros(shape[:-1], int) if self.loss.classifies else np.ones(shape, y.dtype)
+                given.insert(1, t)
+            sizes = {"batch_size": batch_size, "n_samples": n, "n_validation": n_validation}
+            return of_training(self, given, self._metrics(metrics), **sizes)
 
     # ---- data ----------------------------------------------------------------------------------
 

@@ -1166,7 +1166,8 @@ def test_summary_lists_the_innermost_layers() -> None:
     first = nnx.Linear(4, 5, bias=False, rng=np.random.default_rng(0))
     lines = nnx.Sequential(first, inner, inner).summary().splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1.0", "1.1", "2.0", "2.1", "parameters"]
-    assert [line.split()[-1] for line in lines] == ["20", "12", "0", "12", "0", "32"]
+    assert [line.split()[-3] for line in lines] == ["20", "12", "0", "12", "0", "32"]
+    assert [line.split()[-2:] for line in lines[:2]] == [["80", "bytes"], ["48", "bytes"]]
     assert "Linear(n_in=4, n_out=5, bias=False" in lines[0]
     assert len({len(line) for line in lines}) == 1
-    assert first.summary().splitlines()[0].endswith(" 20")
+    assert first.summary().splitlines()[0].endswith("  20  80 bytes")

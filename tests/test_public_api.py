@@ -20,8 +20,8 @@ import nnx
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["nnx", "nnx.backends", "nnx.check", "nnx.data", "nnx.layers"]
 MODULES = sorted([*(ROOT / "nnx").rglob("*.py"), *(ROOT / "backends").glob("*.py")])
-# check and bench: tools that watch the core from outside
-NOT_CORE = {"bench.py", "check", "cli.py", "cuda_versions.py", "data", "plot.py"}
+# check, bench and memory: tools that watch the core from outside
+NOT_CORE = {"bench.py", "check", "cli.py", "cuda_versions.py", "data", "memory.py", "plot.py"}
 
 # Lines of code without comments and docstrings. The spine is what somebody must read who wants to
 # know how it works, in one sitting: arrays, layers and containers, parameters, the step, files. A

@@ -169,14 +169,19 @@ class Layer:
         """Number of parameters, of all models together; shared ones count once."""
         return sum(int(p.value.size) for _, p in self.parameters())
 
-    def summary(self) -> str:
-        """A table: name, layer and number of parameters of each innermost layer, and the total."""
-        rows = [("", repr(self), self)] if not any(self.children()) else list(self._leaves())
-        table = [(name, text, f"{layer.n_parameters:,}") for name, text, layer in rows]
-        table.append(("", "parameters", f"{self.n_parameters:,}"))
-        widths = [max(len(row[i]) for row in table) for i in range(3)]
-        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}" for a, b, c in table]
-        return "\n".join(lines)
+    def summary(
+        self, batch_size: int | None = None, *, input_shape: tuple[int, ...] | None = None
+    ) -> str:
+        """A table of the innermost layers: name, layer, number of parameters and their bytes.
+
+        Args:
+            batch_size: Adds the shape and bytes of each layer's output for so many samples, and
+                what a forward and a backward pass in training take, as `Trainer.memory` counts it.
+            input_shape: Shape of a sample, where no layer tells its width.
+        """
+        from nnx.memory import summary
+
+        return summary(self, batch_size, input_shape)
 
     def _leaves(self, path: str = "") -> Iterator[tuple[str, str, Layer]]:
         """Name, description and layer of each inner layer that has no inner layers."""
