@@ -184,7 +184,7 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def cast(self, a: Array, dtype: Any) -> Array: ...
     def synchronize(self) -> None: ...
-    def activate(self) -> contextlib.AbstractContextManager[Any]: ...
+    def activate(self, work: int | None = None) -> contextlib.AbstractContextManager[Any]: ...
     def stream(self) -> Hashable: ...
     def fits(self, nbytes: int) -> bool: ...
     @contextlib.contextmanager
@@ -497,8 +497,13 @@ class XpBackend:
     def synchronize(self) -> None:
         """Wait until the device has done everything it was asked."""
 
-    def activate(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which this backend's device is the current one."""
+    def activate(self, work: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """A context in which this backend's device is the current one.
+
+        Args:
+            work: Multiply-adds of a forward pass in it. A backend on the CPU chooses its number of
+                threads by them, until the context ends; by default it leaves them as they are.
+        """
         return contextlib.nullcontext()
 
     def stream(self) -> Hashable:

@@ -243,7 +243,7 @@ class CupyBackend(XpBackend):
         with self.activate():
             self.xp.cuda.get_current_stream().synchronize()
 
-    def activate(self) -> contextlib.AbstractContextManager[Any]:
+    def activate(self, work: int | None = None) -> contextlib.AbstractContextManager[Any]:
         """A context in which this device is the current one."""
         if self.xp.cuda.runtime.getDevice() == self.device:
             return contextlib.nullcontext()

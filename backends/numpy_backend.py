@@ -7,6 +7,7 @@ float64 and declines all else; then, and where there is no extension, `NumpyBack
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from nnx.backends.base import Array, XpBackend
+from nnx.backends.threads import Threads
 
+_NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
 
@@ -23,6 +26,10 @@ class NumpyBackend(XpBackend):
 
     def __init__(self) -> None:
         super().__init__(np, "numpy")
+
+    def activate(self, work: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """A context with as many threads as pay for `work`."""
+        return _NOTHING if work is None else THREADS.of(work)
 
     def relu_backward(self, dy: Array, mask: Array) -> Array:
         """As in `XpBackend`, some ten times faster: the bits of `dy`, as integers, times 0 or 1.
@@ -95,11 +102,12 @@ def _load() -> Any:
         seen = (address, shape, strides, flags & 1, ("f4", "f8", "i8")[kind])
         if seen != (a.ctypes.data, a.shape, a.strides, a.flags.c_contiguous, a.dtype.str[1:]):
             return None
-    os.register_at_fork(after_in_child=lambda: _cpu.set_num_threads(1))  # OpenMP's threads are gone
     return _cpu
 
 
 CPU = _cpu = _load()
 """The extension, or None."""
+THREADS = Threads(CPU)
+"""Of NumPy's BLAS and of the C kernels, for the whole process."""
 NUMPY = NumpyBackend() if _cpu is None else KernelBackend()
 """The backend on this machine."""

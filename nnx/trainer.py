@@ -158,7 +158,7 @@ class Trainer:
             The loss before the update, 0-d or `(K,)`, on the device; nothing waits for it.
         """
         batch = (x, t) if weight is None else (x, t, weight)
-        with self.backend.activate(), self._memory("train_step", len(x)):
+        with self._on_device(len(x)), self._memory("train_step", len(x)):
             steps = self._begin()
             self._lent = steps.log
             logged = steps.log[steps.position, ...]
@@ -168,6 +168,10 @@ class Trainer:
                 kind = self._places(batch)
             self._run(shapes, functools.partial(self._train, batch), kind)
             return logged
+
+    def _on_device(self, n: int) -> contextlib.AbstractContextManager[Any]:
+        """The context for work in batches of n samples."""
+        return self.backend.activate(self.vector.value.size * n)
 
     @property
     def _captures(self) -> bool:
@@ -304,7 +308,7 @@ class Trainer:
         if epochs < 0:
             raise ValueError(f"fit: expected epochs of at least 0, got {epochs}")
         batch_size = _batch_size("fit", batch_size)
-        with self.backend.activate(), self._memory("fit", batch_size):
+        with self._on_device(batch_size), self._memory("fit", batch_size):
             data = self._data("fit", x, t, sample_weight)
             n = data.n - data.n % batch_size * drop_last
             if not n:
@@ -423,7 +427,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Loss and metrics over a data set, without training; arguments as in `fit`."""
         batch_size = _batch_size("evaluate", batch_size)
-        with self.backend.activate(), self._memory("evaluate", batch_size):
+        with self._on_device(batch_size), self._memory("evaluate", batch_size):
             data = self._data("evaluate", x, t, sample_weight)
             (record,) = self._read([self._evaluate(data, batch_size, self._metrics(metrics))])
             return record
@@ -458,7 +462,7 @@ class Trainer:
     def predict(self, x: Any, *, batch_size: int = 512) -> np.ndarray:
         """The model's outputs on the host, `(N, ...)` or `(K, N, ...)`: logits for `SoftmaxNLL`."""
         batch_size = _batch_size("predict", batch_size)
-        with self.backend.activate(), self._memory("predict", batch_size):
+        with self._on_device(batch_size), self._memory("predict", batch_size):
             features = self._features("predict", x)
             data = _Data(self.backend, [features])
             outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]

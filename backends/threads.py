@@ -1,0 +1,128 @@
+"""How many threads BLAS and the C kernels use.
+
+A second core takes some microseconds to wake up, and on a busy machine milliseconds, so work that
+is done sooner stays on one thread. `Threads.of(work)` sets the number for a `with` block: that of
+the C kernels, and that of the OpenBLAS which NumPy's wheel brings along; it is put back at the end
+of the outermost block. Any other BLAS is left alone. Nothing is raised above what was set before,
+by `OPENBLAS_NUM_THREADS` or otherwise, or above `NNX_NUM_THREADS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMALL = 1 << 23
+"""Multiply-adds of a forward pass, up to which one thread does all of it."""
+
+
+class Threads:
+    """The threads of NumPy's BLAS and of the C kernels; the numbers are those of the process.
+
+    Attributes:
+        limit: The most threads that the C kernels use.
+        blas: Whether NumPy's BLAS is one whose threads are set here.
+    """
+
+    def __init__(self, kernels: Any = None) -> None:
+        asked = _asked()
+        self.limit = asked or _cores()
+        self._most = asked or 1 << 30  # for BLAS, which has its own idea of the cores
+        self._kernels = kernels
+        found = _openblas()
+        self.blas = found is not None
+        self._get, self._set = found or ((lambda: 1), (lambda n: None))
+        self._lock = threading.Lock()
+        self._active: list[int] = []
+        self._before = 0
+        self._few, self._many = _Block(self, 1), _Block(self, 1 << 30)
+        if kernels is not None:
+            kernels.set_num_threads(self.limit)
+            os.register_at_fork(after_in_child=self._forked)
+
+    def of(self, work: int | None) -> _Block:
+        """A block for work of so many multiply-adds; None leaves the threads as they are."""
+        return self._few if work is not None and work <= SMALL else self._many
+
+    def _enter(self, n: int) -> None:
+        with self._lock:
+            if not self._active:
+                self._before = self._get()
+            self._active.append(n)
+            self._apply()
+
+    def _exit(self, n: int) -> None:
+        with self._lock:
+            self._active.remove(n)  # not the last one, if blocks of several threads overlap
+            self._apply()
+
+    def _apply(self) -> None:
+        """Set what the block begun last asks for."""
+        n = self._active[-1] if self._active else 1 << 30
+        blas = min(n, self._before, self._most if self._active else self._before)
+        if blas != self._get():
+            self._set(blas)
+        if self._kernels is not None:
+            self._kernels.set_num_threads(min(n, self.limit))
+
+    def _forked(self) -> None:
+        """In a forked child OpenMP's threads are gone, and waiting for them would never end."""
+        self.limit = 1
+        self._lock = threading.Lock()  # its owner may be gone, too
+        self._kernels.set_num_threads(1)
+
+
+class _Block:
+    """A `with` block; one object serves any number of them."""
+
+    def __init__(self, threads: Threads, n: int) -> None:
+        self._threads, self._n = threads, n
+
+    def __enter__(self) -> None:
+        self._threads._enter(self._n)
+
+    def __exit__(self, *error: object) -> None:
+        self._threads._exit(self._n)
+
+
+def _asked() -> int | None:
+    """`NNX_NUM_THREADS`, or None."""
+    text = os.environ.get("NNX_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"NNX_NUM_THREADS: expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _cores() -> int:
+    """The cores that this process may use, or `OMP_NUM_THREADS`."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text.isdecimal() and int(text):
+        return int(text)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _openblas() -> tuple[Callable[[], int], Callable[[int], object]] | None:
+    """Number of threads of NumPy's own OpenBLAS, and what sets it; None for another BLAS."""
+    package = Path(np.__file__).parent
+    for folder in (package.parent / "numpy.libs", package / ".dylibs"):
+        for path in sorted(folder.glob("*openblas*")):
+            try:
+                library = ctypes.PyDLL(str(path))  # loaded already: NumPy has done it
+            except OSError:
+                continue
+            for name in ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads"):
+                get = getattr(library, name.format("get"), None)
+                set_ = getattr(library, name.format("set"), None)
+                if get is not None and set_ is not None:
+                    return get, set_
+    return None
