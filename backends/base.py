@@ -196,6 +196,9 @@ class Backend(Protocol):
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
     def erf(self, x: Array) -> Array: ...
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array: ...
+    def affine(
+        self, x: Array, weight: Array, bias: Array, out: Array, *, relu: bool = False
+    ) -> Array | None: ...
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array: ...
     def relu(self, x: Array) -> tuple[Array, Array]: ...
     def relu_backward(self, dy: Array, mask: Array) -> Array: ...
@@ -622,6 +625,16 @@ class XpBackend:
             return xp.matmul(a, b, out=out)
         product = xp.matmul(a, b, out=self.empty(out.shape, out.dtype))
         return xp.add(out, product, out=out)
+
+    def affine(
+        self, x: Array, weight: Array, bias: Array, out: Array, *, relu: bool = False
+    ) -> Array | None:
+        """`out = x @ weight + bias`, or the `relu` of that, whose mask is returned."""
+        self.gemm(x, weight, out)
+        if relu:
+            return self.bias_relu(out, bias)[1]
+        self.xp.add(out, bias[..., None, :], out=out)
+        return None
 
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
         """Sum of `dy` `(..., N, n)` over its rows, into `out` `(..., n)`."""

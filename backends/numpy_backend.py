@@ -57,6 +57,18 @@ class KernelBackend(NumpyBackend):
             return out
         return super().gemm(a, b, out, accumulate=accumulate)
 
+    def affine(
+        self, x: Array, weight: Array, bias: Array, out: Array, *, relu: bool = False
+    ) -> Array | None:
+        """As in `XpBackend`; small products in one pass, the others in two."""
+        if not _cpu.gemm(x, weight, out, False, bias, relu):
+            np.matmul(x, weight, out=out)
+            if relu:
+                return self.bias_relu(out, bias)[1]
+            if not _cpu.add_bias(out, bias):
+                np.add(out, bias[..., None, :], out=out)
+        return out if relu else None
+
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`, in one pass."""
         if _cpu.bias_grad(dy, out, accumulate):

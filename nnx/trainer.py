@@ -119,7 +119,7 @@ class Trainer:
         target = resolve(backend, default=home)
         try:
             advice = "make the model smaller" + _narrower(parameters[0].value)
-            with target.activate(), _memory_errors("Trainer", target, advice):
+            with target.activate(), _MemoryErrors("Trainer", target, advice):
                 model.to(target)
                 vector = parameters[0].vector  # a second trainer for the model shares the vector
                 if vector is None or vector.parameters != tuple(parameters):
@@ -252,17 +252,10 @@ class Trainer:
             metric.update(total, y, t)
         self.optimizer.step(loss)
 
-    @contextlib.contextmanager
-    def _memory(self, who: str, batch_size: int) -> Iterator[None]:
+    def _memory(self, who: str, batch_size: int) -> _MemoryErrors:
         """Say what to do where memory runs out, and give back what the step has asked for."""
-        advice = f"the batch size is {batch_size}: choose a smaller one"
-        advice += _narrower(self.vector.value)
-        try:
-            with _memory_errors(who, self.backend, advice):
-                yield
-        except OutOfMemory:
-            self._forget()
-            raise
+        advice = "the batch size is {}: choose a smaller one" + _narrower(self.vector.value)
+        return _MemoryErrors(who, self.backend, advice, batch_size, self._forget)
 
     # ---- many steps ----------------------------------------------------------------------------
 
@@ -608,18 +601,35 @@ class _Reading(NamedTuple):
     n: int
 
 
-@contextlib.contextmanager
-def _memory_errors(who: str, backend: Backend, advice: str) -> Iterator[None]:
-    """Turn a backend's error of exhausted memory into one that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        said = backend.out_of_memory(error)
-        if said is None:
-            raise
-        raise OutOfMemory(
-            f"{who}: out of device memory: {said}; {advice}, or run on backend='numpy'"
-        ) from error
+class _MemoryErrors:
+    """Turns a backend's error of exhausted memory into one that says what to do."""
+
+    __slots__ = ("_advice", "_backend", "_batch_size", "_forget", "_who")
+
+    def __init__(
+        self,
+        who: str,
+        backend: Backend,
+        advice: str,
+        batch_size: int = 0,
+        forget: Callable[[], None] | None = None,
+    ) -> None:
+        self._who, self._backend, self._advice = who, backend, advice
+        self._batch_size, self._forget = batch_size, forget
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        said = self._backend.out_of_memory(error)
+        if self._forget is not None and (said is not None or isinstance(error, OutOfMemory)):
+            self._forget()
+        if said is not None:
+            raise OutOfMemory(
+                f"{self._who}: out of device memory: {said}; "
+                f"{self._advice.format(self._batch_size)}, or run on backend='numpy'"
+            ) from error
 
 
 def _narrower(a: Array) -> str:

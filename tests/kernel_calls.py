@@ -52,6 +52,15 @@ def _bias_relu(b: Backend, dtype: Any, rng: np.random.Generator) -> list[Array]:
 
 
 @_call
+def _affine(b: Backend, dtype: Any, rng: np.random.Generator) -> list[Array]:
+    x, weight, bias = (_normal(b, dtype, rng, *shape) for shape in ((9, 4), (4, 33), (33,)))
+    plain, rectified = b.empty((9, 33), dtype), b.empty((9, 33), dtype)
+    b.affine(x, weight, bias, plain)
+    mask = b.affine(x, weight, bias, rectified, relu=True)
+    return [plain, rectified, b.relu_backward(_normal(b, dtype, rng, 9, 33), mask)]
+
+
+@_call
 def _bias_grad(b: Backend, dtype: Any, rng: np.random.Generator) -> list[Array]:
     return [b.bias_grad(_normal(b, dtype, rng, 9, 33), b.empty((33,), dtype))]
 

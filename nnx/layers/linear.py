@@ -140,9 +140,7 @@ class Linear(Layer):
         return weight.copy(), None if self.bias is None else self.bias.value.copy()
 
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:  # noqa: D102
-        y, flat = self._product(x)
-        if self.bias is not None:
-            backend_of(y).xp.add(y, self.bias.value[..., None, :], out=y)
+        y, flat, _ = self._affine(x)
         return self._unflatten(y, x), flat
 
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:  # noqa: D102
@@ -152,15 +150,17 @@ class Linear(Layer):
             backend.bias_grad(dz, self.bias.grad, accumulate=self.bias.accumulate())
         return self._product_backward(dz, saved, dy.shape, need_dx)
 
-    def _product(self, x: Array) -> tuple[Array, Array]:
-        """`x @ weight`, 2-D (3-D with K models), and x in that form."""
+    def _affine(self, x: Array, *, relu: bool = False) -> tuple[Array, Array, Array | None]:
+        """The output, 2-D (3-D with K models), x in that form, and the mask of a ReLU behind."""
         weight = self.weight.value
         backend = backend_of(x, weight)
         check_input("Linear", x, self.n_in, weight.dtype, self.n_models)
         if self.n_models is None and x.ndim != 2:
             x = x.reshape(-1, self.n_in)
         y = backend.empty((*weight.shape[:-2], x.shape[-2], self.n_out), weight.dtype)
-        return backend.gemm(x, weight, y), x
+        if self.bias is None:
+            return backend.gemm(x, weight, y), x, None
+        return y, x, backend.affine(x, weight, self.bias.value, y, relu=relu)
 
     def _unflatten(self, y: Array, x: Array) -> Array:
         """The output in the form that belongs to the input `x`."""
@@ -169,7 +169,7 @@ class Linear(Layer):
         return y.reshape(*x.shape[:-1], self.n_out)
 
     def _rows(self, dy: Array, x: Array) -> Array:
-        """The output's gradient, checked, in the form that `_product` gave the output."""
+        """The output's gradient, checked, in the form that `_affine` gave the output."""
         weight = self.weight.value
         shape = (*weight.shape[:-2], x.shape[-2], self.n_out)
         check_gradient("Linear", dy, shape, weight.dtype)
@@ -207,8 +207,7 @@ class LinearReLU:
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:
         """`relu(x @ weight + bias)`."""
         linear = self.linear
-        z, flat = linear._product(x)
-        y, mask = backend_of(z).bias_relu(z, self.bias.value)
+        y, flat, mask = linear._affine(x, relu=True)
         return linear._unflatten(y, x), (flat, mask)
 
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:
