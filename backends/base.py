@@ -13,7 +13,7 @@ import functools
 import tracemalloc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 
@@ -88,7 +88,8 @@ class StepState:
     @property
     def number(self) -> int:
         """Updates done since the beginning; the step of every random stream."""
-        self._check("number")
+        if self.capturing:
+            self._refuse("number")
         return self._number
 
     @number.setter
@@ -99,7 +100,8 @@ class StepState:
     @property
     def position(self) -> int:
         """Updates done since `plan`; index into `rates` and `log`, and of the batch."""
-        self._check("position")
+        if self.capturing:
+            self._refuse("position")
         return self._position
 
     @property
@@ -112,11 +114,10 @@ class StepState:
         """The running step's learning rate."""
         return float(self.rates[self.position])
 
-    def _check(self, what: str) -> None:
-        if self.capturing:
-            raise CaptureError(
-                f"something in the step reads its {what} on the host, which a graph would freeze"
-            )
+    def _refuse(self, what: str) -> NoReturn:
+        raise CaptureError(
+            f"something in the step reads its {what} on the host, which a graph would freeze"
+        )
 
     def plan(
         self,
@@ -380,6 +381,7 @@ class Groups:
 
     Attributes:
         runs: `(start, stop, lr_scale, decay_scale)` of each stretch of equal treatment, in order.
+        stretches: The same, `(n_runs, 4)` float64 on the host, where the C kernels read it.
         ids: uint8 group of each 64-element block, on the device.
         table: `(n_groups, 2)` float64 rows `(lr_scale, decay_scale)`, on the device.
     """
@@ -388,6 +390,7 @@ class Groups:
 
     def __init__(self, runs: Sequence[tuple[int, int, float, float]], backend: Backend) -> None:
         self.runs = tuple(runs)
+        self.stretches = np.array(self.runs, np.float64).reshape(-1, 4)
         settings = list(dict.fromkeys(run[2:] for run in runs))
         if len(settings) > 256:
             raise ValueError(

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from nnx.backends.base import Array, XpBackend
+from nnx.backends.base import Array, Update, XpBackend
 from nnx.backends.threads import Threads
 
 _NOTHING = contextlib.nullcontext()
+_CONDITION_BLOCK = 4096  # whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
 
@@ -99,6 +100,64 @@ class KernelBackend(NumpyBackend):
         if _cpu.bias_relu_backward(dy, mask, dz, dbias, accumulate):
             return dz
         return super().bias_relu_backward(dy, mask, dbias, accumulate=accumulate)
+
+    # ---- optimizers: as in `XpBackend`, in one pass over the flat vector -------------------------
+
+    def condition(
+        self,
+        update: Update,
+        *,
+        l1: float,
+        l2: float,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> Update:
+        """As in `XpBackend`; the norm's squares are added block by block."""
+        scale = squares = None
+        if clip_norm is not None:
+            n_models, size = update.value.shape
+            scale = self.empty((n_models,), update.value.dtype)
+            squares = self.empty((n_models * -(-size // _CONDITION_BLOCK),), np.float64)
+        limits = l1, l2, clip_value, clip_norm
+        if _cpu.condition(update, update.groups.stretches, *limits, scale, squares):
+            return update if scale is None else update._replace(scale=scale)
+        return super().condition(update, l1=l1, l2=l2, clip_value=clip_value, clip_norm=clip_norm)
+
+    def sgd(self, update: Update, *, momentum: float, nesterov: bool) -> None:  # noqa: D102
+        if not self._applied(_cpu.sgd, update, (momentum, nesterov)):
+            super().sgd(update, momentum=momentum, nesterov=nesterov)
+
+    def adam(self, update: Update, *, beta1: float, beta2: float, eps: float) -> None:  # noqa: D102
+        t = update.state.number + 1
+        settings = beta1, beta2, eps, 1 - beta1**t, (1 - beta2**t) ** 0.5
+        if not self._applied(_cpu.adam, update, settings):
+            super().adam(update, beta1=beta1, beta2=beta2, eps=eps)
+
+    def adagrad(  # noqa: D102
+        self, update: Update, *, lr_decay: float, initial: float, eps: float
+    ) -> None:
+        slower = 1 + update.state.number * lr_decay
+        if not self._applied(_cpu.adagrad, update, (initial, eps, slower)):
+            super().adagrad(update, lr_decay=lr_decay, initial=initial, eps=eps)
+
+    def rmsprop(  # noqa: D102
+        self, update: Update, *, alpha: float, eps: float, momentum: float
+    ) -> None:
+        if not self._applied(_cpu.rmsprop, update, (alpha, eps, momentum)):
+            super().rmsprop(update, alpha=alpha, eps=eps, momentum=momentum)
+
+    def lion(self, update: Update, *, beta1: float, beta2: float) -> None:  # noqa: D102
+        if not self._applied(_cpu.lion, update, (beta1, beta2)):
+            super().lion(update, beta1=beta1, beta2=beta2)
+
+    def _applied(self, kernel: Any, update: Update, settings: tuple[float, ...]) -> bool:
+        """Whether a rule's kernel has updated the vector; if so, the step's loss is in the log."""
+        state = update.state
+        stretches, rates, position = update.groups.stretches, state.rates, state.position
+        done: bool = kernel(update, stretches, rates, position, state.log, settings)
+        if done:
+            state.count()
+        return done
 
 
 def _load() -> Any:

@@ -99,6 +99,8 @@ class Optimizer:
         self._vector: ParameterVector | None = None
         self._steps: StepState | None = None
         self._slots: dict[str, Array] = {}
+        self._named: tuple[str | None, ...] | None = None  # what of them the last step used,
+        self._used: tuple[Array | None, ...] = ()  # and these are they
         self.lr = lr
         self._check("weight_decay", weight_decay)
         self._check("l1", l1)
@@ -150,6 +152,7 @@ class Optimizer:
                 self._slots = {
                     name: here.asarray(there.to_numpy(a)) for name, a in self._slots.items()
                 }
+                self._named, self._used = None, ()
             self._steps = fresh
         return self._steps
 
@@ -221,9 +224,10 @@ class Optimizer:
         Gradients that somebody left behind, or an interrupted step, don't count in the next.
         """
         self.vector.begin_step()
-        return self._planned()
+        return self.planned()
 
-    def _planned(self) -> StepState:
+    def planned(self) -> StepState:
+        """`steps`, with a learning rate and a place in the loss log for the next one."""
         steps = self.steps
         if steps.exhausted:
             self.plan(self.PLAN, at_most=True)
@@ -235,22 +239,17 @@ class Optimizer:
         Args:
             loss: The step's loss, entered in the loss log by the same operation.
         """
-        steps, vector = self._planned(), self.vector
+        steps, vector = self.planned(), self.vector
         vector.clear_unwritten()
+        names = self._names()
+        if names != self._named:  # their settings may change between steps, but seldom do
+            self._used = tuple([name and self.slot(name) for name in names])
+            self._named = names
         decay, shrink = self.weight_decay, 0.0
         if self.decoupled:
             decay, shrink = shrink, decay
-        slots = tuple([name and self.slot(name) for name in self._names()])
-        update = Update(
-            vector.value,
-            vector.grad,
-            slots,
-            vector.groups,
-            steps,
-            loss,
-            decay=decay,
-            shrink=shrink,
-        )
+        value, grad, groups = vector.value, vector.grad, vector.groups
+        update = Update(value, grad, self._used, groups, steps, loss, None, decay, shrink)
         if self.l1 or self.l2 or self.clip_value is not None or self.clip_norm is not None:
             update = vector.backend.condition(
                 update,

@@ -179,7 +179,7 @@ class Trainer:
 
     def _begin(self) -> StepState:
         """Make everything ready for a step."""
-        steps = self.optimizer.begin_step()
+        steps = self.optimizer.planned()
         if self._step.state is not steps:  # the first step, or the model has moved
             self._step.state = steps
             self._forget()
@@ -207,6 +207,7 @@ class Trainer:
                 if kind is None:
                     work()
                 else:
+                    self.vector.begin_step()  # a replayed step doesn't run `_train`
                     self._graphs.run(kind, work, steps, arena)
         except BaseException:
             if steps.number == number:
@@ -244,7 +245,7 @@ class Trainer:
 
     def _train(self, batch: Sequence[Array], metrics: Iterable[tuple[Metric, Array]] = ()) -> None:
         x, t, *weight = batch
-        self.vector.begin_step()  # gradients of a capture that was given up don't count either
+        self.vector.begin_step()  # gradients left behind, or of a capture given up, don't count
         y, saved = self.model.forward(x, step=self._step.begin())
         loss, dy = self.loss(y, t, *weight)
         self.model.backward(dy, saved, need_dx=False)

@@ -73,7 +73,8 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
 
 /* Every kernel, once for each dtype and instruction set: the template is NAME in a file *.inc. */
 #define KERNELS(X) \
-    X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm)
+    X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm) \
+    X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition)
 
 typedef struct {
     const char *name;
@@ -94,6 +95,8 @@ extern const Kernels kernels_avx2, kernels_avx512;
 
 /* ---- the files of the module ------------------------------------------------------------------ */
 
-extern PyMethodDef gemm_methods[], relu_methods[];
+extern PyMethodDef gemm_methods[];
+extern PyMethodDef optimizers_methods[];
+extern PyMethodDef relu_methods[];
 
 #endif
