@@ -433,6 +433,35 @@ def test_two_micro_batches_make_the_step_of_the_batch(
         assert_close(results[1][key], array, depth=100)
 
 
+def test_settings_may_change_between_steps(backend: Backend) -> None:
+    optimizer = SGD(0.1)
+    problem = Problem(optimizer, backend, [1.0])
+    found = run(problem, [2])  # 1 - 0.1 * 2 = 0.8
+    optimizer.momentum = 0.5  # u = 2, then 0.5 * 2 - 4 = -3
+    found += run(problem, [2, -4])  # 0.8 - 0.2 = 0.6, 0.6 + 0.3 = 0.9
+    optimizer.nesterov = True  # u = 0.5 * -3 + 1 = -0.5; 0.9 - 0.1 * (1 + 0.5 * -0.5) = 0.825
+    found += run(problem, [1])
+    optimizer.momentum, optimizer.nesterov = 0.0, False
+    found += run(problem, [1])  # 0.725
+    optimizer.weight_decay = 2.0
+    found += run(problem, [1])  # 0.725 - 0.1 * (1 + 2 * 0.725) = 0.48
+    optimizer.weight_decay, optimizer.clip_value = 0.0, 0.5
+    found += run(problem, [1])  # 0.48 - 0.1 * 0.5 = 0.43
+    assert found == pytest.approx([0.8, 0.6, 0.9, 0.825, 0.725, 0.48, 0.43], rel=1e-14)
+
+
+def test_a_slot_is_added_between_steps(backend: Backend) -> None:
+    optimizer, plain = Adam(0.1), Adam(0.1, amsgrad=True)
+    problems = [Problem(o, backend, [1.0, 2.0]) for o in (optimizer, plain)]
+    optimizer.step()  # nothing: m and v stay 0
+    plain.step()
+    optimizer.amsgrad = True
+    for gradient in ([3, -1], [0.1, 2]):
+        found, expected = (problem.step(gradient) for problem in problems)
+        assert_same_bits(found, expected)
+    assert sorted(optimizer.state()) == ["m", "step", "v", "v_max"]
+
+
 def test_step_begins_the_next_step(backend: Backend) -> None:
     problem = Problem(SGD(1.0), backend, [0.0])
     problem.step([1])

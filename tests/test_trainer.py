@@ -862,22 +862,25 @@ def test_drop_last_leaves_out_the_batch_that_is_not_full(
         whole.fit(x, target, batch_size=64, drop_last=True)
 
 
-def test_gradients_left_behind_do_not_count_in_the_next_step(backend: Backend) -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_gradients_left_behind_do_not_count_in_the_next_step(backend: Backend, graph: bool) -> None:
     """A backward pass by hand, and a step that was interrupted before its update."""
     x, t = blobs(np.random.default_rng(0), 30)
     x, t = backend.asarray(x), backend.asarray(t)
     trainers = [classifier(backend, optimizer=nnx.SGD(0.1)) for _ in range(2)]
     disturbed = trainers[1]
+    disturbed.graph = graph
 
     def by_hand() -> None:
         y, saved = disturbed.model.forward(x)
         _, dy = disturbed.loss(y, t)
         disturbed.model.backward(dy, saved)
 
-    for _ in range(2):
+    for _ in range(4):  # with a graph: as it is, captured, replayed
         by_hand()
         for trainer in trainers:
             trainer.train_step(x, t)
+            assert all(p.fresh for p in trainer.vector.parameters)
     values = [backend.to_numpy(trainer.vector.value) for trainer in trainers]
     assert_same_bits(values[1], values[0])
 
