@@ -420,6 +420,8 @@ class _Rows:
 class Update(NamedTuple):
     """What every optimizer's operation works on: one step of the flat parameter vector.
 
+    The C kernels read the fields by their places.
+
     Attributes:
         value: `(K, P)`, one row per model; written.
         grad: `(K, P)`; written by `condition` only.

@@ -20,6 +20,7 @@ from nnx.backends.threads import Threads
 _NOTHING = contextlib.nullcontext()
 _CONDITION_BLOCK = 4096  # whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+_SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
 
 
 class NumpyBackend(XpBackend):
@@ -117,7 +118,7 @@ class KernelBackend(NumpyBackend):
         if clip_norm is not None:
             n_models, size = update.value.shape
             scale = self.empty((n_models,), update.value.dtype)
-            squares = self.empty((n_models * -(-size // _CONDITION_BLOCK),), np.float64)
+            squares = self.empty((n_models * -(-size // _SQUARES),), np.float64)
         limits = l1, l2, clip_value, clip_norm
         if _cpu.condition(update, update.groups.stretches, *limits, scale, squares):
             return update if scale is None else update._replace(scale=scale)
