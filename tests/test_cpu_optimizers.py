@@ -70,7 +70,7 @@ def test_a_rule_passes_on_what_is_not_finite_or_not_normal(
     rng = np.random.default_rng(3)
     gradient = special(rng, (3, 448), dtype)
     gradient[:, 6::11] = np.resize(ODD.astype(dtype), gradient[:, 6::11].shape)
-    numbers = [special(rng, (3, 448), dtype) for _ in range(4)]
+    numbers = [np.roll(special(rng, (3, 448), dtype), i, axis=1) for i in range(1, 5)]
     scale = np.array([np.nan, 0.5, 1], dtype)
     for r in (run, reference):
         r.gradients[:] = gradient
