@@ -114,14 +114,17 @@ class KernelBackend(NumpyBackend):
         clip_norm: float | None,
     ) -> Update:
         """As in `XpBackend`; the norm's squares are added block by block."""
+        value, grad, slots, groups, state, loss, _, decay, shrink = update
         scale = squares = None
         if clip_norm is not None:
-            n_models, size = update.value.shape
-            scale = self.empty((n_models,), update.value.dtype)
+            n_models, size = value.shape
+            scale = self.empty((n_models,), value.dtype)
             squares = self.empty((n_models * -(-size // _SQUARES),), np.float64)
         limits = l1, l2, clip_value, clip_norm
-        if _cpu.condition(update, update.groups.stretches, *limits, scale, squares):
-            return update if scale is None else update._replace(scale=scale)
+        if _cpu.condition(update, groups.stretches, *limits, scale, squares):
+            if scale is None:
+                return update
+            return Update(value, grad, slots, groups, state, loss, scale, decay, shrink)
         return super().condition(update, l1=l1, l2=l2, clip_value=clip_value, clip_norm=clip_norm)
 
     def sgd(self, update: Update, *, momentum: float, nesterov: bool) -> None:  # noqa: D102
