@@ -18,7 +18,6 @@ from nnx.backends.base import Array, Update, XpBackend
 from nnx.backends.threads import Threads
 
 _NOTHING = contextlib.nullcontext()
-_CONDITION_BLOCK = 4096  # whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
 

@@ -175,6 +175,7 @@ class Optimizer:
         """One like this for other parameters, without state and of learning rate 0."""
         twin = copy.copy(self)
         twin._vector, twin._steps, twin._slots, twin._lr = vector, None, {}, 0.0
+        twin._named = None
         return twin
 
     def plan(

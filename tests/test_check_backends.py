@@ -310,7 +310,7 @@ def test_nan_on_one_side_is_a_divergence(
     def nan(array: Any) -> None:
         array[...] = math.nan
 
-    damage(monkeypatch, backend, "affine", nan, after=20)
+    damage(monkeypatch, backend, "affine", nan, after=5)
     report = checked(data, backend)
     assert not report.passed
     assert report.first_divergence is not None

@@ -58,7 +58,7 @@ int64_t leading(const Array *a, int n) {
 int64_t size_of(const Array *a) { return leading(a, 0); }
 
 int same_shape(const Array *a, const Array *b) {
-    return a->nd == b->nd && memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0;
+    return a->nd == b->nd && (!a->nd || memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0);
 }
 
 int number_of(PyObject *object, double *number) {
