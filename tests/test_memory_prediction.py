@@ -286,7 +286,8 @@ def test_nothing_is_changed(backend: nnx.backends.Backend) -> None:
     left.fit(x, t, batch_size=16)
     assert bits(looked) == bits(left)
     assert looked.history == left.history
-    assert looked.memory(x, t, batch_size=32, n_validation=20) == predicted
+    again = looked.memory(x, t, batch_size=32, n_validation=20)
+    assert again.total == pytest.approx(predicted.total, abs=256)  # Python objects come and go
 
 
 def test_looking_takes_little_memory() -> None:
