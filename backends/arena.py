@@ -87,7 +87,7 @@ class Arena:
         self._next = i + 1
         if i < len(tape):
             entry = tape[i]
-            if entry[0] == shape and entry[1] == dtype:
+            if entry[0] == shape and (entry[1] is dtype or entry[1] == dtype):
                 return entry[2]
             del tape[i:]
         dtype = self.xp.dtype(dtype)

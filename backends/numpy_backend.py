@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 from typing import Any
 
@@ -161,6 +162,16 @@ class KernelBackend(NumpyBackend):
         if done:
             state.count()
         return done
+
+
+def all_finite(a: np.ndarray) -> bool:
+    """Whether no element of an array that isn't empty is NaN or infinite."""
+    if _cpu is not None:
+        found: bool | None = _cpu.all_finite(a)
+        if found is not None:
+            return found
+    # min and max propagate NaN and, unlike isfinite on the whole array, allocate nothing
+    return bool(math.isfinite(a.min()) and math.isfinite(a.max()))
 
 
 def _load() -> Any:

@@ -432,12 +432,14 @@ class Trainer:
         share = data.weights(np.arange(data.n))
         total_share = float(share.sum()) or 1.0
         loss_sum: Array = 0.0
+        arena = Arena(backend.xp, backend.device)
         for start, x, t, *weight in data.slices(batch_size):
-            y = self.model(x)
             part = float(share[start : start + batch_size].sum()) / total_share
-            loss_sum = loss_sum + self.loss(y, t, *weight, need_gradient=False)[0] * part
-            for metric, total in totals:
-                metric.update(total, y, t)
+            with arena.step(len(x)):
+                y = self.model.forward(x)[0]
+                loss_sum = loss_sum + self.loss(y, t, *weight, need_gradient=False)[0] * part
+                for metric, total in totals:
+                    metric.update(total, y, t)
         return _Reading(loss_sum, lambda loss: loss, totals, data.n)
 
     def _read(self, readings: list[_Reading]) -> list[dict[str, Any]]:
@@ -457,10 +459,20 @@ class Trainer:
         """The model's outputs on the host, `(N, ...)` or `(K, N, ...)`: logits for `SoftmaxNLL`."""
         batch_size = _batch_size("predict", batch_size)
         with self._on_device(batch_size), self._memory("predict", batch_size):
-            features = self._features("predict", x)
-            data = _Data(self.backend, [features])
-            outputs = [self.backend.to_numpy(self.model(b)) for _, b in data.slices(batch_size)]
-            return np.concatenate(outputs, axis=0 if self.vector.n_models is None else 1)
+            features, backend = self._features("predict", x), self.backend
+            if len(features) <= batch_size:
+                return backend.to_numpy(self.model.forward(backend.asarray(features))[0])
+            arena, found = Arena(backend.xp, backend.device), np.empty(0)
+            models = () if self.vector.n_models is None else (slice(None),)
+            for start, batch in _Data(backend, [features]).slices(batch_size):
+                with arena.step(len(batch)):
+                    y = backend.to_numpy(self.model.forward(batch)[0])
+                    if start == 0:
+                        shape = [*y.shape]
+                        shape[len(models)] = len(features)
+                        found = np.empty(shape, y.dtype)
+                    found[(*models, slice(start, start + batch_size))] = y
+            return found
 
     def memory(
         self,

@@ -90,3 +90,17 @@ def test_small_products(kernels: Any, m: int, k: int, n: int, transposed: str, d
     np.testing.assert_allclose(out, expected.reshape(m, n), rtol=loose, atol=loose)
     twice = kernels.gemm(a, b, out.copy(), accumulate=True)
     np.testing.assert_allclose(twice, 2 * out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 7, 4096, 4097, 3 * 4096 + 5])
+def test_all_finite(kernels: Any, n: int, dtype: Any) -> None:
+    cpu: Any = numpy_backend.CPU
+    a = np.random.default_rng(6).standard_normal(n).astype(dtype) * np.finfo(dtype).max / 10
+    assert cpu.all_finite(a) is True
+    for value in (np.nan, np.inf, -np.inf):
+        for i in {0, n // 2, n - 1}:
+            b = a.copy()
+            b[i] = value
+            assert cpu.all_finite(b) is False
+    assert cpu.all_finite(a[::2]) is (None if n > 1 else True)
+    assert cpu.all_finite(np.zeros(n, np.int64)) is None

@@ -74,6 +74,7 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
 /* Every kernel, once for each dtype and instruction set: the template is NAME in a file *.inc. */
 #define KERNELS(X) \
     X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm) \
+    X(all_finite) \
     X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition)
 
 typedef struct {

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nnx.backends.numpy_backend import all_finite
 from nnx.backends.philox import SPLIT, generator
 
 Array = npt.NDArray[Any]
@@ -98,11 +99,12 @@ def check_features(
         )
     if n_features is not None:
         _check_width(array, n_features, who)
-    wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
-    with np.errstate(over="ignore", invalid="ignore"):  # overflow becomes inf, reported below
-        features: Features = np.ascontiguousarray(array, np.float64 if wide else np.float32)
-    # min and max propagate NaN and, unlike isfinite on the whole array, allocate nothing.
-    if not (math.isfinite(features.min()) and math.isfinite(features.max())):
+    features: Features = array
+    if array.dtype not in (np.float32, np.float64) or not array.flags.c_contiguous:
+        wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow becomes inf, reported below
+            features = np.ascontiguousarray(array, np.float64 if wide else np.float32)
+    if not all_finite(features):
         bad = np.argwhere(~np.isfinite(features.reshape(len(features), -1)))
         row, column = bad[0].tolist()
         raise ValueError(
