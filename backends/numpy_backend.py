@@ -11,12 +11,14 @@ import contextlib
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nnx.backends.base import Array, Update, XpBackend
 from nnx.backends.threads import Threads
+from nnx.backends.base import Array, StepState, XpBackend
 
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
@@ -172,6 +174,14 @@ def all_finite(a: np.ndarray) -> bool:
             return found
     # min and max propagate NaN and, unlike isfinite on the whole array, allocate nothing
     return bool(math.isfinite(a.min()) and math.isfinite(a.max()))
+    def gather_rows(
+        self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
+    ) -> list[Array]:
+        """As in `XpBackend`, all sources in one call."""
+        batch = [self.empty((n, *a.shape[1:]), a.dtype) for a in sources]
+        if _cpu.gather_rows(sources, state.order, state.position * batch_size, batch):
+            return batch
+        return super().gather_rows(sources, state, batch_size, n)
 
 
 def _load() -> Any:

@@ -99,5 +99,6 @@ extern const Kernels kernels_avx2, kernels_avx512;
 extern PyMethodDef gemm_methods[];
 extern PyMethodDef optimizers_methods[];
 extern PyMethodDef relu_methods[];
+extern PyMethodDef gather_methods[];
 
 #endif
