@@ -23,6 +23,7 @@ from nnx.backends.base import Array, StepState, XpBackend
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
+_BOOL = np.dtype(bool)
 
 
 class NumpyBackend(XpBackend):
@@ -174,6 +175,20 @@ def all_finite(a: np.ndarray) -> bool:
             return found
     # min and max propagate NaN and, unlike isfinite on the whole array, allocate nothing
     return bool(math.isfinite(a.min()) and math.isfinite(a.max()))
+    def dropout(
+        self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
+    ) -> tuple[Array, Array]:
+        """As in `XpBackend`, bit for bit, in one pass."""
+        y, mask = self.empty(x.shape, x.dtype), self.empty(x.shape, _BOOL)
+        if _cpu.dropout(x, y, mask, p, seed, stream, use, state.number):
+            return y, mask
+        return super().dropout(x, p, seed=seed, stream=stream, use=use, state=state)
+
+    def dropout_backward(self, dy: Array, mask: Array, p: float) -> Array:
+        """As in `XpBackend`, in one pass."""
+        dx = self.empty(dy.shape, dy.dtype)
+        return dx if _cpu.dropout_backward(dy, dx, mask, p) else super().dropout_backward(dy, mask, p)
+
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]:

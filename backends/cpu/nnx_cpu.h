@@ -75,7 +75,8 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
 #define KERNELS(X) \
     X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm) \
     X(all_finite) \
-    X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition)
+    X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition) \
+    X(dropout) X(dropout_backward)
 
 typedef struct {
     const char *name;
@@ -100,5 +101,6 @@ extern PyMethodDef gemm_methods[];
 extern PyMethodDef optimizers_methods[];
 extern PyMethodDef relu_methods[];
 extern PyMethodDef gather_methods[];
+extern PyMethodDef dropout_methods[];
 
 #endif
