@@ -189,6 +189,87 @@ def all_finite(a: np.ndarray) -> bool:
         dx = self.empty(dy.shape, dy.dtype)
         return dx if _cpu.dropout_backward(dy, dx, mask, p) else super().dropout_backward(dy, mask, p)
 
+    def layer_norm(
+        self, x: Array, weight: Array | None, bias: Array | None, *, eps: float, centered: bool
+    ) -> tuple[Array, Array | None, Array]:
+        """As in `XpBackend`, row by row, each in the cache."""
+        y = self.empty(x.shape, x.dtype)
+        mean = self.empty(x.shape[:-1], x.dtype) if centered else None
+        rstd = self.empty(x.shape[:-1], x.dtype)
+        if _cpu.layer_norm(x, weight, bias, y, mean, rstd, eps):
+            return y, mean, rstd
+        return super().layer_norm(x, weight, bias, eps=eps, centered=centered)
+
+    def layer_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array | None,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None:
+        """As in `XpBackend`, row by row; the gradients of chunks of rows are added up at the end."""
+        dx = self.empty(dy.shape, dy.dtype) if need_dx else None
+        partial = None
+        if dweight is not None or dbias is not None:
+            *models, n, c = dy.shape
+            partial = self.empty((*models, min(-(-n // 16), 32), 2, c), dy.dtype)
+        if _cpu.layer_norm_backward(
+            dy, x, mean, rstd, weight, dx, dweight, dbias, *accumulate, partial
+        ):
+            return dx
+        options: Any = {"accumulate": accumulate, "need_dx": need_dx}
+        return super().layer_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
+
+    def batch_norm(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        running_mean: Array,
+        running_var: Array,
+        *,
+        eps: float,
+        momentum: float,
+        training: bool,
+    ) -> tuple[Array, Array, Array]:
+        """As in `XpBackend`, by blocks of columns, each in the cache."""
+        y, shape = self.empty(x.shape, x.dtype), running_mean.shape
+        mean, rstd = self.empty(shape, x.dtype), self.empty(shape, x.dtype)
+        running = (running_mean, running_var)
+        if _cpu.batch_norm(x, weight, bias, *running, y, mean, rstd, eps, momentum, training):
+            return y, mean, rstd
+        options: Any = {"eps": eps, "momentum": momentum, "training": training}
+        return super().batch_norm(x, weight, bias, *running, **options)
+
+    def batch_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        *,
+        training: bool,
+        accumulate: tuple[bool, bool] = (False, False),
+        need_dx: bool = True,
+    ) -> Array | None:
+        """As in `XpBackend`, by blocks of columns."""
+        dx = self.empty(dy.shape, dy.dtype) if need_dx else None
+        if _cpu.batch_norm_backward(
+            dy, x, mean, rstd, weight, dx, dweight, dbias, *accumulate, training
+        ):
+            return dx
+        options: Any = {"training": training, "accumulate": accumulate, "need_dx": need_dx}
+        return super().batch_norm_backward(dy, x, mean, rstd, weight, dweight, dbias, **options)
+
     def gather_rows(
         self, sources: Sequence[Array], state: StepState, batch_size: int, n: int
     ) -> list[Array]:

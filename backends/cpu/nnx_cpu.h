@@ -44,6 +44,9 @@ const Array *array_of(PyObject *object, int access);
 const Array *any_array_of(PyObject *object);
 /* Vectors (n,) or (K, n), each contiguous, the rows any distance apart; as `array_of` otherwise. */
 const Array *vectors_of(PyObject *object, int access);
+/* The same of float32 or float64 rows `(n,)` or `(K, n)`, of which only each need be contiguous:
+ * views of the flat vector. `step` elements lie from one row to the next, 0 where there is one. */
+const Array *rows_of(PyObject *object, int access, int64_t *step);
 int dtype_of(const Array *a);
 int64_t size_of(const Array *a);
 /* Product of all axes but the last `n`. */
@@ -76,7 +79,8 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
     X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm) \
     X(all_finite) \
     X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition) \
-    X(dropout) X(dropout_backward)
+    X(dropout) X(dropout_backward) \
+    X(layer_norm) X(layer_norm_backward) X(norm_gradients) X(batch_norm) X(batch_norm_backward)
 
 typedef struct {
     const char *name;
@@ -102,5 +106,6 @@ extern PyMethodDef optimizers_methods[];
 extern PyMethodDef relu_methods[];
 extern PyMethodDef gather_methods[];
 extern PyMethodDef dropout_methods[];
+extern PyMethodDef normalization_methods[];
 
 #endif
