@@ -187,7 +187,9 @@ def all_finite(a: np.ndarray) -> bool:
     def dropout_backward(self, dy: Array, mask: Array, p: float) -> Array:
         """As in `XpBackend`, in one pass."""
         dx = self.empty(dy.shape, dy.dtype)
-        return dx if _cpu.dropout_backward(dy, dx, mask, p) else super().dropout_backward(dy, mask, p)
+        return (
+            dx if _cpu.dropout_backward(dy, dx, mask, p) else super().dropout_backward(dy, mask, p)
+        )
 
     def layer_norm(
         self, x: Array, weight: Array | None, bias: Array | None, *, eps: float, centered: bool

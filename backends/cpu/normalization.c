@@ -81,7 +81,7 @@ static PyObject *py_layer_norm_backward(ARGUMENTS) {
     a.chunks = a.rows;
     if (a.dweight.data || a.dbias.data) {
         partial = array_of(args[10], WRITE);
-        if (!partial || dtype_of(partial) != dtype_of(x) || partial->nd < 3 ||
+        if (!partial || dtype_of(partial) != dtype_of(x) || partial->nd != x->nd + 1 ||
             leading(partial, 3) != models || partial->shape[partial->nd - 2] != 2 ||
             last(partial) != a.n)
             NOT_MINE;
