@@ -215,7 +215,7 @@ def all_finite(a: np.ndarray) -> bool:
         accumulate: tuple[bool, bool] = (False, False),
         need_dx: bool = True,
     ) -> Array | None:
-        """As in `XpBackend`, row by row; the gradients of chunks of rows are added up at the end."""
+        """As in `XpBackend`, row by row; gradients by chunks of rows, then their sum."""
         dx = self.empty(dy.shape, dy.dtype) if need_dx else None
         partial = None
         if dweight is not None or dbias is not None:

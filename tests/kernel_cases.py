@@ -1,5 +1,6 @@
 """What the tests of kernels share: sizes, special values, comparison, and the bytes moved."""
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from oracles import assert_same_bits
 
 from nnx.backends import XpBackend, get_backend
+from nnx.backends.arena import Arena
 from nnx.backends.base import Array
 
 REFERENCE = XpBackend(np)
@@ -93,6 +95,21 @@ def same_bits_on_every_grid(call: Callable[[], Sequence[Array | None]]) -> None:
         assert not any(t.any() for tickets in cuda._tickets.values() for t in tickets)
         for a, first in zip(found[-1], found[0], strict=True):
             assert_same_bits(a, first)
+
+
+def peak_of_a_step(step: Callable[[], Any]) -> int:
+    """Bytes that a step on the host allocates besides what its arena, grown before, holds."""
+    arena = Arena(np)
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            start, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            with arena.step("step"):
+                step()
+        return tracemalloc.get_traced_memory()[1] - start
+    finally:
+        tracemalloc.stop()
 
 
 def traffic(call: Callable[[], Any], prefix: str = "") -> dict[str, int]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from kernel_cases import REFERENCE, SIZES, special
+from kernel_cases import REFERENCE, SIZES, peak_of_a_step, special
 from oracles import assert_same_bits
 
 from nnx.backends import get_backend, numpy_backend
@@ -83,6 +83,16 @@ def test_two_threads_give_the_bits_of_one(
             cpu.set_num_threads(threads)
     for a, b in zip(*found, strict=True):
         assert_same_bits(b, a)
+
+
+def test_a_step_allocates_nothing(kernels: Any) -> None:
+    x, state = np.ones((100, 100), np.float32), at(3)
+
+    def step() -> None:
+        _, mask = kernels.dropout(x, 0.5, seed=1, stream=2, use=0, state=state)
+        kernels.dropout_backward(x, mask, 0.5)
+
+    assert peak_of_a_step(step) < 2048
 
 
 def test_layouts_that_no_kernel_takes_are_left_to_numpy(

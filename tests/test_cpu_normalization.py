@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import REFERENCE
+from kernel_cases import REFERENCE, peak_of_a_step
 from oracles import assert_same_bits
 from test_kernels_normalization import EPS, KINDS, SMALL, agree, case, each, on, run
 
@@ -255,6 +255,25 @@ def test_one_sample_is_refused_as_the_definition_does(rng: np.random.Generator) 
     backend = get_backend("numpy")
     with pytest.raises(ZeroDivisionError):
         run(backend, "batch", on(backend, case("batch", (1, 4), rng, np.float32)))
+    a = case("layer", (5, 4), rng, np.float32)
     with pytest.raises(ValueError, match="could not be broadcast"):
-        a = case("layer", (5, 4), rng, np.float32)
         run(backend, "layer", on(backend, a | {"weight": a["weight"][:3]}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_allocates_nothing(kernels: Any, kind: str, rng: np.random.Generator) -> None:
+    a = on(kernels, case(kind, (64, 200), rng, np.float32))
+    gradients = (a["weight"], a["dweight"], a["dbias"])
+
+    def step() -> None:
+        if kind.startswith("batch"):
+            running, training = (a["running_mean"], a["running_var"]), kind == "batch"
+            options: dict[str, Any] = {"eps": EPS, "momentum": 0.1, "training": training}
+            _, *saved = kernels.batch_norm(a["x"], a["weight"], a["bias"], *running, **options)
+            kernels.batch_norm_backward(a["dy"], a["x"], *saved, *gradients, training=training)
+        else:
+            options = {"eps": EPS, "centered": kind == "layer"}
+            _, *saved = kernels.layer_norm(a["x"], a["weight"], a["bias"], **options)
+            kernels.layer_norm_backward(a["dy"], a["x"], *saved, *gradients)
+
+    assert peak_of_a_step(step) < 2048  # no array of 64 rows' statistics but the arena's

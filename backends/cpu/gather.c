@@ -81,6 +81,6 @@ static PyObject *py_gather_rows(ARGUMENTS) {
 }
 
 PyMethodDef gather_methods[] = {
-    METHOD(gather_rows, "gather_rows(sources, order, start, out): out[i] = source[order[start + i]]"),
+    METHOD(gather_rows, "gather_rows(sources, order, start, outs)"),
     {NULL, NULL, 0, NULL},
 };

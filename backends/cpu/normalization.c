@@ -13,7 +13,8 @@ static int64_t input(PyObject *object, const Array **x, NormArgs *a) {
 }
 
 /* Reads an array of the shape of x, or where `features` is 0 of its rows; None if that may be. */
-static int like(PyObject *object, int access, const Array *x, int features, int optional, void **data) {
+static int like(PyObject *object, int access, const Array *x, int features, int optional,
+                void **data) {
     *data = NULL;
     if (object == Py_None)
         return optional;
@@ -35,10 +36,10 @@ static int vector(PyObject *object, int access, const Array *x, Vector *v) {
     const Array *a = rows_of(object, access, &v->step);
     if (!a || dtype_of(a) != dtype_of(x) || last(a) != last(x) || a->nd > x->nd - 1)
         return 0;
-    if (a->nd < x->nd - 1 ? access == WRITE && x->shape[0] != 1 : a->nd > 1 && a->shape[0] != x->shape[0])
-        return 0;
     v->data = a->data;
-    return 1;
+    if (a->nd == 2)
+        return a->shape[0] == x->shape[0];
+    return x->nd == 2 || access == READ || x->shape[0] == 1;
 }
 
 /* Reads a row of vectors without gaps, `(C,)` or `(K, C)`. */
@@ -93,7 +94,8 @@ static PyObject *py_layer_norm_backward(ARGUMENTS) {
     const double per_chunk = (double)a.rows / (double)MAX(a.chunks, 1);
     run(kernels->layer_norm_backward[dtype_of(x)], &a, models * a.chunks, 0.7 * a.n * per_chunk);
     if (partial)
-        run(kernels->norm_gradients[dtype_of(x)], &a, blocks_of(models, &a), 0.2 * COLUMNS * a.chunks);
+        run(kernels->norm_gradients[dtype_of(x)], &a, blocks_of(models, &a),
+            0.2 * COLUMNS * a.chunks);
     DONE;
 }
 
@@ -130,7 +132,8 @@ static PyObject *py_batch_norm_backward(ARGUMENTS) {
     a.dy = dy;
     a.accumulate[0] = args[8] == Py_True, a.accumulate[1] = args[9] == Py_True;
     a.training = args[10] == Py_True;
-    run(kernels->batch_norm_backward[dtype_of(x)], &a, blocks_of(models, &a), 0.6 * COLUMNS * a.rows);
+    run(kernels->batch_norm_backward[dtype_of(x)], &a, blocks_of(models, &a),
+        0.6 * COLUMNS * a.rows);
     DONE;
 }
 

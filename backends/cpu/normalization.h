@@ -10,10 +10,10 @@ typedef struct {
 
 typedef struct {
     const void *x, *dy;
-    void *out;        /* y or dx; NULL if dx isn't wanted */
+    void *out;         /* y or dx; NULL if dx isn't wanted */
     void *mean, *rstd; /* of each row or column; a mean that is NULL is 0 */
     Vector weight, bias, dweight, dbias, running_mean, running_var;
-    void *partial; /* (models, chunks, 2, n): the terms of dweight and dbias, added up over a chunk */
+    void *partial; /* (models, chunks, 2, n): dweight and dbias of each chunk */
     int64_t rows, n, chunks; /* of each model */
     double eps, momentum;
     int training, accumulate[2];
