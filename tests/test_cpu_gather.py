@@ -84,6 +84,7 @@ def test_rows_that_are_not_there_are_never_read(outside: int) -> None:
     order[4] = outside
     out = [np.full((3, 1), 7.0), np.full(3, 7)]
     assert cpu.gather_rows([x, short], order, 2, out) is False
+    assert cpu.gather_rows([short, x], order, 2, out[::-1]) is False
     assert all((b == 7).all() for b in out)
     assert cpu.gather_rows([x, short], order, 1, out) is True  # up to it, and from behind it
     assert cpu.gather_rows([x, short], order, 5, out) is True
@@ -101,8 +102,9 @@ def test_arguments_that_do_not_fit_are_declined_untouched() -> None:
         *((0, w) for w in ([x, np.array(3)], [x[:, :3].copy(), t], [x, None], [x, objects], [])),
         *((0, w) for w in ([x, t.astype("m8[s]")], [x, t.view("u8")], [x.astype("c8"), t])),
         *((1, w) for w in (None, order.astype("i4"), order[::2], order.reshape(3, 3), [0, 1, 2])),
-        *((2, w) for w in (-1, 7, 2**62)),
+        *((2, w) for w in (-1, 7, 9, 2**62)),
         *((3, w) for w in ([out[0]], [out[0], np.full(2, 7)], [out[0][:2], out[1]], None)),
+        (3, [np.empty((10, 4), np.float32), np.empty(10, np.int64)]),
     ]
     for i, bad in wrong:
         arguments = list(good)

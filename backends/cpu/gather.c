@@ -68,7 +68,7 @@ static PyObject *py_gather_rows(ARGUMENTS) {
             a.source[s].bytes *= from->shape[i];
         bytes += a.source[s].bytes;
     }
-    if (start < 0 || n > order->shape[0] || start > order->shape[0] - n)
+    if (start < 0 || start > order->shape[0] - n)
         NOT_MINE;
     a.index = (const int64_t *)order->data + start;
     int outside = 0;
