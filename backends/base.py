@@ -490,9 +490,12 @@ class XpBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array not initialized, from the running step's arena, else a fresh one."""
         arena = running.arena
-        if arena is not None and arena.xp is self.xp:
-            if arena.device is None or arena.device == self.device:
-                return arena.empty(shape, dtype)
+        if (
+            arena is not None
+            and arena.xp is self.xp
+            and (arena.device is None or arena.device == self.device)
+        ):
+            return arena.empty(shape, dtype)
         return self.xp.empty(shape, dtype)
 
     def cast(self, a: Array, dtype: Any) -> Array:

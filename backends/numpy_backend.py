@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nnx.backends.base import Array, Update, XpBackend
+from nnx.backends.base import Array, StepState, Update, XpBackend
 from nnx.backends.threads import Threads
-from nnx.backends.base import Array, StepState, XpBackend
 
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
@@ -166,15 +165,6 @@ class KernelBackend(NumpyBackend):
             state.count()
         return done
 
-
-def all_finite(a: np.ndarray) -> bool:
-    """Whether no element of an array that isn't empty is NaN or infinite."""
-    if _cpu is not None:
-        found: bool | None = _cpu.all_finite(a)
-        if found is not None:
-            return found
-    # min and max propagate NaN and, unlike isfinite on the whole array, allocate nothing
-    return bool(math.isfinite(a.min()) and math.isfinite(a.max()))
     def dropout(
         self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
     ) -> tuple[Array, Array]:
@@ -280,6 +270,16 @@ def all_finite(a: np.ndarray) -> bool:
         if _cpu.gather_rows(sources, state.order, state.position * batch_size, batch):
             return batch
         return super().gather_rows(sources, state, batch_size, n)
+
+
+def all_finite(a: np.ndarray) -> bool:
+    """Whether no element of an array that isn't empty is NaN or infinite."""
+    if _cpu is not None:
+        found: bool | None = _cpu.all_finite(a)
+        if found is not None:
+            return found
+    # min and max propagate NaN and, unlike isfinite on the whole array, allocate nothing
+    return bool(math.isfinite(a.min()) and math.isfinite(a.max()))
 
 
 def _load() -> Any:

@@ -27,24 +27,16 @@ const Array *array_of(PyObject *object, int access) {
 
 const Array *any_array_of(PyObject *object) { return with_flags(object, ALIGNED); }
 
-const Array *vectors_of(PyObject *object, int access) {
-    const Array *a = with_flags(object, ALIGNED | (access == WRITE ? WRITEABLE : 0));
-    if (!a || a->nd < 1 || a->nd > 2 || !is_floating(a))
-        return NULL;
-    const Py_ssize_t size = dtype_of(a) == F32 ? 4 : 8;
-    if (a->shape[a->nd - 1] > 1 && a->strides[a->nd - 1] != size)
-        return NULL;
-    return a->nd == 2 && (a->strides[0] < 0 || a->strides[0] % size) ? NULL : a;
 const Array *rows_of(PyObject *object, int access, int64_t *step) {
-    if (Py_TYPE(object) != ndarray)
-    const Array *a = (const Array *)object;
-    const int needed = ALIGNED | (access == WRITE ? WRITEABLE : 0);
-    if ((a->flags & needed) != needed || a->descr->byteorder == '>' || !is_floating(a) ||
-        a->nd < 1 || a->nd > 2)
+    const Array *a = with_flags(object, ALIGNED | (access == WRITE ? WRITEABLE : 0));
+    if (!a || !is_floating(a) || a->nd < 1 || a->nd > 2)
+        return NULL;
     const int64_t size = dtype_of(a) == F32 ? 4 : 8, n = last(a);
     if (n > 1 && a->strides[a->nd - 1] != size)
+        return NULL;
     *step = a->nd == 2 && a->shape[0] > 1 ? a->strides[0] / size : 0;
     if (*step && (*step * size != a->strides[0] || (access == WRITE && *step < n)))
+        return NULL;
     return *step || access == READ || a->nd < 2 || a->shape[0] < 2 ? a : NULL;
 }
 
@@ -209,7 +201,14 @@ static int execute(PyObject *module) {
     for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
         if ((kernels = supported(instruction_sets[i])))
             break;
-    PyMethodDef *files[] = {dropout_methods, gather_methods, gemm_methods, normalization_methods, optimizers_methods, relu_methods};
+    PyMethodDef *files[] = {
+        dropout_methods,
+        gather_methods,
+        gemm_methods,
+        normalization_methods,
+        optimizers_methods,
+        relu_methods,
+    };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (PyModule_AddFunctions(module, files[i]) < 0)
             return -1;

@@ -42,8 +42,6 @@ enum { READ, WRITE };
 const Array *array_of(PyObject *object, int access);
 /* The array of any strides, if it is aligned and in native byte order. */
 const Array *any_array_of(PyObject *object);
-/* Vectors (n,) or (K, n), each contiguous, the rows any distance apart; as `array_of` otherwise. */
-const Array *vectors_of(PyObject *object, int access);
 /* The same of float32 or float64 rows `(n,)` or `(K, n)`, of which only each need be contiguous:
  * views of the flat vector. `step` elements lie from one row to the next, 0 where there is one. */
 const Array *rows_of(PyObject *object, int access, int64_t *step);

@@ -26,13 +26,12 @@ static PyObject *py_relu_backward(ARGUMENTS) {
 /* Rows `z` (N, n) with a bias (n,), or (K, N, n) with (n,) or (K, n), one vector per model: a view of
  * the flat parameters, whose rows lie apart. */
 static const Array *bias_of(PyObject *object, const Array *z, int access, BiasArgs *a) {
-    const Array *bias = z->nd == 2 || z->nd == 3 ? vectors_of(object, access) : NULL;
+    const Array *bias = z->nd == 2 || z->nd == 3 ? rows_of(object, access, &a->apart) : NULL;
     if (!bias || !is_floating(z) || dtype_of(z) != dtype_of(bias) || last(z) != last(bias) ||
         (bias->nd == 2 && (z->nd != 3 || bias->shape[0] != z->shape[0])))
         return NULL;
     a->rows = z->shape[z->nd - 2];
     a->n = last(z);
-    a->apart = bias->nd == 2 ? bias->strides[0] / (dtype_of(z) == F32 ? 4 : 8) : 0;
     return bias;
 }
 
