@@ -4,6 +4,7 @@
 #ifdef NNX_X86
 #include <immintrin.h>
 #include <math.h>
+#include <string.h>
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -19,6 +20,7 @@
 #define VECTOR 32 /* bytes */
 #define HEIGHT 6
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define FUSED
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop

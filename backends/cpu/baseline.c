@@ -2,6 +2,7 @@
 #include "nnx_cpu.h"
 
 #include <math.h>
+#include <string.h>
 
 #define KERNELS_NAME kernels_baseline
 #define ISA "baseline"
@@ -18,4 +19,5 @@
 #define VECTOR 16 /* bytes */
 #define HEIGHT 6
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define FUSED /* its multiply-add is one instruction */
 #include "kernels.inc"
