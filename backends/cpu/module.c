@@ -201,14 +201,7 @@ static int execute(PyObject *module) {
     for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
         if ((kernels = supported(instruction_sets[i])))
             break;
-    PyMethodDef *files[] = {
-        dropout_methods,
-        gather_methods,
-        gemm_methods,
-        normalization_methods,
-        optimizers_methods,
-        relu_methods,
-    };
+    PyMethodDef *files[] = {dropout_methods, elementwise_methods, gather_methods, gemm_methods, normalization_methods, optimizers_methods, relu_methods};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (PyModule_AddFunctions(module, files[i]) < 0)
             return -1;

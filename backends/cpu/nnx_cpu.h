@@ -78,7 +78,8 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
     X(all_finite) \
     X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition) \
     X(dropout) X(dropout_backward) \
-    X(layer_norm) X(layer_norm_backward) X(norm_gradients) X(batch_norm) X(batch_norm_backward)
+    X(layer_norm) X(layer_norm_backward) X(norm_gradients) X(batch_norm) X(batch_norm_backward) \
+    X(elementwise)
 
 typedef struct {
     const char *name;
@@ -99,11 +100,12 @@ extern const Kernels kernels_avx2, kernels_avx512;
 
 /* ---- the files of the module ------------------------------------------------------------------ */
 
+extern PyMethodDef dropout_methods[];
+extern PyMethodDef elementwise_methods[];
+extern PyMethodDef gather_methods[];
 extern PyMethodDef gemm_methods[];
+extern PyMethodDef normalization_methods[];
 extern PyMethodDef optimizers_methods[];
 extern PyMethodDef relu_methods[];
-extern PyMethodDef gather_methods[];
-extern PyMethodDef dropout_methods[];
-extern PyMethodDef normalization_methods[];
 
 #endif
