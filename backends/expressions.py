@@ -41,7 +41,7 @@ def _value(tree: ast.AST, kinds: dict[str, str]) -> _Value:
     match tree:
         case ast.Name(name) if name in kinds:
             return _Value(kinds[name], name)
-        case ast.Constant(number) if type(number) in (int, float):
+        case ast.Constant(int() | float() as number) if not isinstance(number, bool):
             return _Value("number", float(number))
         case ast.UnaryOp(ast.USub(), part):
             name, trees = "neg", [part]

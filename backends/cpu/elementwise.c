@@ -18,13 +18,13 @@ static int plain_number(PyObject *object, double *number) {
 /* Checks the operands, in the order of their names, against what the program expects of each. */
 static int read_operands(PyObject *names, PyObject *operands, const uint8_t *kinds, int n,
                          const Array *out, ElementwiseArgs *a) {
-    if (PyTuple_Size(names) != n || PyDict_Size(operands) != n)
+    if (!PyTuple_Check(names) || PyTuple_Size(names) != n || PyDict_Size(operands) != n)
         return 0;
     const char *first = out->data, *end = first + size_of(out) * (dtype_of(out) == F32 ? 4 : 8);
     for (int s = 0; s < n; s++) {
         PyObject *operand = PyDict_GetItem(operands, PyTuple_GetItem(names, s));
         a->kind[s] = kinds[s];
-        if (!operand || (kinds[s] == NUMBER && !plain_number(operand, &a->number[s])))
+        if (!operand || kinds[s] > NUMBER || (kinds[s] == NUMBER && !plain_number(operand, &a->number[s])))
             return 0;
         if (kinds[s] == ARRAY) {
             const Array *array = array_of(operand, READ);
