@@ -118,6 +118,8 @@ def compiled(
     last = {part: i for i, value in enumerate(steps) for part in value.parts}
     fixed, free, n_blank = len(slots), list[int](), 0
     for i, value in enumerate(steps):
+        done = dict.fromkeys(part for part in value.parts if last[part] == i)
+        free += [slots[part] for part in done if slots[part] >= fixed]
         to = _OUT
         if i < len(steps) - 1:
             if not free:
@@ -126,8 +128,6 @@ def compiled(
             to = free.pop()
         code += instruction(value, to)
         slots[value] = to
-        done = {part for part in value.parts if last[part] == i}
-        free += [slots[part] for part in done if slots[part] >= fixed]
     head = (len(operands), len(constants), len(results), n_blank, len(steps))
     if max(head) > 250 or len(slots) > 250:
         return None

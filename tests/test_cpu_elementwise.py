@@ -65,9 +65,9 @@ def arrays_of(shape: Any, dtype: Any) -> dict[str, np.ndarray]:
 
 
 def call(backend: Any, expression: str, like: Any, **operands: Any) -> np.ndarray:
-    out: np.ndarray = np.full(like.shape, np.nan, like.dtype)
+    out = np.full(like.shape, np.nan, like.dtype)
     assert backend.elementwise(expression, out, **operands) is out
-    return out
+    return np.asarray(out)
 
 
 # ---- expressions -------------------------------------------------------------------------------
@@ -278,18 +278,18 @@ def test_equal_parts_are_computed_once_and_slots_are_used_again() -> None:
     assert program is not None
     n_operands, n_constants, n_results, n_blank, n_steps = program[1][:5]
     assert (n_operands, n_constants, n_results, n_steps) == (1, 2, 1, 4)
-    assert n_blank == 3
+    assert n_blank == 2
     chain = "x"
     for _ in range(20):
         chain = f"exp({chain} + x)"
     program = compiled(chain, ("x",), frozenset("x"), operations)
     assert program is not None
-    assert tuple(program[1][3:5]) == (2, 40)
+    assert tuple(program[1][3:5]) == (1, 40)
 
 
 # ---- functions -----------------------------------------------------------------------------------
 
-ULP = {"exp": 1.0, "log": 0.9, "expm1": 1.5, "log1p": 0.9, "tanh": 1.4, "erf": 1.7}
+ULP = {"exp": 1.1, "log": 0.9, "expm1": 1.7, "log1p": 0.9, "tanh": 1.5, "erf": 1.8}
 ORACLES = {name: getattr(math, name) for name in FUNCTIONS}
 
 

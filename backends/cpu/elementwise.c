@@ -31,9 +31,7 @@ static int read_operands(PyObject *names, PyObject *operands, const uint8_t *kin
             if (!array || dtype_of(array) != dtype_of(out) || !same_shape(array, out))
                 return 0;
             a->array[s] = array->data;
-            if (array->data == first)
-                a->in_place = 1;
-            else if (array->data < end && first < array->data + (end - first))
+            if (array->data != first && array->data < end && first < array->data + (end - first))
                 return 0; /* they overlap, and a block may be written before it is read */
         }
     }
@@ -85,7 +83,6 @@ static PyObject *py_elementwise(ARGUMENTS) {
     const uint8_t *constants = kinds + n_operands;
     ElementwiseArgs a;
     a.out = out->data;
-    a.in_place = 0;
     a.n_instructions = head[4];
     if (fixed + n_blank > SLOTS || size != HEAD + n_operands + 8 * n_constants +
                                                (Py_ssize_t)sizeof(Instruction) *

@@ -2,6 +2,15 @@
 #define NNX_ELEMENTWISE_H
 #include <stdint.h>
 
+/* Before a loop whose passes don't depend on each other, whatever its pointers are. */
+#if defined(__clang__)
+#define NO_DEPENDENCE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define NO_DEPENDENCE _Pragma("GCC ivdep")
+#else
+#define NO_DEPENDENCE
+#endif
+
 /* Operations of a program (backends/expressions.py reads their names from the module): NAME, the
  * result for a, b and c, and some nanoseconds per element. A condition is 1 or 0. */
 #define OPERATIONS(X)                                                                              \
@@ -51,7 +60,6 @@ typedef struct {
     double number[SLOTS];
     uint8_t kind[SLOTS];
     void *out;
-    int in_place; /* out is one of the arrays */
     int n_slots, n_instructions;
     const Instruction *instructions;
 } ElementwiseArgs;
