@@ -62,6 +62,8 @@ int64_t size_of(const Array *a) { return leading(a, 0); }
 
 int same_shape(const Array *a, const Array *b) {
     return a->nd == b->nd && (!a->nd || memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0);
+    return a->nd == b->nd &&
+           (a->nd == 0 || memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0); /* else NULL */
 }
 
 int number_of(PyObject *object, double *number) {
