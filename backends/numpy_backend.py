@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from nnx.backends.base import Array, StepState, Update, XpBackend
-from nnx.backends.threads import Threads
-from nnx.backends.base import Array, XpBackend
 from nnx.backends.expressions import Program, compiled
+from nnx.backends.threads import Threads
 
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
@@ -74,14 +73,17 @@ class KernelBackend(NumpyBackend):
             if not _cpu.add_bias(out, bias):
                 np.add(out, bias[..., None, :], out=out)
         return out if relu else None
+
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array:
         """As in `XpBackend`, in one pass, which needs no memory; functions to 2 ulp."""
         program = _programs.get(expression)
         if program is not None and _cpu.elementwise(program, out, operands):
+            return out
         arrays = frozenset([name for name, a in operands.items() if isinstance(a, np.ndarray)])
         other = compiled(expression, tuple(operands), arrays, _OPERATIONS)
         if other is not None and other is not program and _cpu.elementwise(other, out, operands):
             _programs[expression] = other
+            return out
         return super().elementwise(expression, out, **operands)
 
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:

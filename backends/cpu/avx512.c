@@ -16,8 +16,8 @@
 #define ISA "avx512"
 #define SPLAT_f32 _mm512_set1_ps
 #define SPLAT_f64 _mm512_set1_pd
-#define FMA_f32 _mm512_fmadd_ps
-#define FMA_f64 _mm512_fmadd_pd
+#define VFMA_f32 _mm512_fmadd_ps
+#define VFMA_f64 _mm512_fmadd_pd
 #define VECTOR 64 /* bytes */
 #define HEIGHT 6
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)

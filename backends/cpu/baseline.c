@@ -10,14 +10,14 @@
 #define SPLAT_f64(x) ((x) - (vector_f64){0})
 #ifdef __aarch64__
 #include <arm_neon.h>
-#define FMA_f32(a, b, c) ((vector_f32)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
-#define FMA_f64(a, b, c) ((vector_f64)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
+#define FUSED /* its multiply-add is one instruction */
+#define VFMA_f32(a, b, c) ((vector_f32)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define VFMA_f64(a, b, c) ((vector_f64)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
 #else
-#define FMA_f32(a, b, c) ((a) * (b) + (c))
-#define FMA_f64(a, b, c) ((a) * (b) + (c))
+#define VFMA_f32(a, b, c) ((a) * (b) + (c))
+#define VFMA_f64(a, b, c) ((a) * (b) + (c))
 #endif
 #define VECTOR 16 /* bytes */
 #define HEIGHT 6
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define FUSED /* its multiply-add is one instruction */
 #include "kernels.inc"

@@ -61,7 +61,6 @@ int64_t leading(const Array *a, int n) {
 int64_t size_of(const Array *a) { return leading(a, 0); }
 
 int same_shape(const Array *a, const Array *b) {
-    return a->nd == b->nd && (!a->nd || memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0);
     return a->nd == b->nd &&
            (a->nd == 0 || memcmp(a->shape, b->shape, a->nd * sizeof *a->shape) == 0); /* else NULL */
 }
@@ -203,7 +202,15 @@ static int execute(PyObject *module) {
     for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
         if ((kernels = supported(instruction_sets[i])))
             break;
-    PyMethodDef *files[] = {dropout_methods, elementwise_methods, gather_methods, gemm_methods, normalization_methods, optimizers_methods, relu_methods};
+    PyMethodDef *files[] = {
+        dropout_methods,
+        elementwise_methods,
+        gather_methods,
+        gemm_methods,
+        normalization_methods,
+        optimizers_methods,
+        relu_methods,
+    };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (PyModule_AddFunctions(module, files[i]) < 0)
             return -1;

@@ -20,8 +20,8 @@ typedef struct {
 } NormArgs;
 
 enum {
-    LANES = 16,    /* in which a row is added up: element i in lane i % LANES */
-    STRETCH = 256, /* elements of which lanes add up before the total is taken further in float64 */
+    NORM_LANES = 16,    /* in which a row is added up: element i in lane i % NORM_LANES */
+    NORM_STRETCH = 256, /* elements of which lanes add up before the total is taken further in float64 */
     STACK = 64,    /* the same for the rows under a column's sum */
 };
 #endif
