@@ -96,7 +96,7 @@ def test_small_products(kernels: Any, m: int, k: int, n: int, transposed: str, d
 @pytest.mark.parametrize("n", [1, 7, 4096, 4097, 3 * 4096 + 5])
 def test_all_finite(kernels: Any, n: int, dtype: Any) -> None:
     cpu: Any = numpy_backend.CPU
-    a = np.random.default_rng(6).standard_normal(n).astype(dtype) * np.finfo(dtype).max / 10
+    a = np.random.default_rng(6).standard_normal(n).astype(dtype) * (np.finfo(dtype).max / 10)
     assert cpu.all_finite(a) is True
     for value in (np.nan, np.inf, -np.inf):
         for i in {0, n // 2, n - 1}:
