@@ -22,6 +22,8 @@ PACKAGES = ["nnx", "nnx.backends", "nnx.check", "nnx.data", "nnx.layers"]
 MODULES = sorted([*(ROOT / "nnx").rglob("*.py"), *(ROOT / "backends").glob("*.py")])
 # check, bench and memory: tools that watch the core from outside
 NOT_CORE = {"bench.py", "check", "cli.py", "cuda_versions.py", "data", "memory.py", "plot.py"}
+# check and bench: tools that watch the core from outside
+NOT_CORE = {"bench", "check", "cli.py", "cuda_versions.py", "data", "plot.py"}
 
 # Lines of code without comments and docstrings. The spine is what somebody must read who wants to
 # know how it works, in one sitting: arrays, layers and containers, parameters, the step, files. A

@@ -293,17 +293,27 @@ def _trainer(
     return Trainer(model, loss, made, backend=place.backend, graph=graph)
 
 
+def network_products(
+    place: Place, sizes: Sequence[int], batch: int, *, backward: bool = True
+) -> list[tuple[Array, Array, Array]]:
+    """`(a, b, out)` of each product of a network of affine layers, in a step or forward only."""
+    products = []
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+        h, dz, weight = place.random(batch, n), place.random(batch, m), place.random(n, m)
+        products.append((h, weight, place.empty(batch, m)))
+        if backward:
+            products.append((h.T, dz, place.empty(n, m)))
+        if backward and i:  # nobody asks for the gradient of the input
+            products.append((dz, weight.T, place.empty(batch, n)))
+    return products
+
+
 def _step(sizes: Sequence[int], batch: int, optimizer: str, place: Place) -> list[Variant]:
     """`Trainer.train_step` on one batch that stays on the device, eager and as a graph."""
     sizes, batch = [*map(place.size, sizes[:-1]), sizes[-1]], place.size(batch)
     x = place.random(batch, sizes[0])
     t = place.random(batch, 1) if sizes[-1] == 1 else place.labels(batch, sizes[-1])
-    products = []
-    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
-        h, dz, weight = place.random(batch, n), place.random(batch, m), place.random(n, m)
-        products += [(h, weight, place.empty(batch, m)), (h.T, dz, place.empty(n, m))]
-        if i:  # nobody asks for the gradient of the input
-            products.append((dz, weight.T, place.empty(batch, n)))
+    products = network_products(place, sizes, batch)
     ways = {"nnx": False, "nnx graph": True} if place.backend.graphs else {"nnx": False}
     trainers = {name: _trainer(place, sizes, optimizer, graph=way) for name, way in ways.items()}
     return [
@@ -321,10 +331,7 @@ def _predict(n: int, place: Place) -> list[Variant]:
     x = place.random(n, sizes[0])
     host = place.backend.to_numpy(x)
     trainer = _trainer(place, sizes)
-    products = [
-        (place.random(n, a), place.random(a, b), place.empty(n, b))
-        for a, b in itertools.pairwise(sizes)
-    ]
+    products = network_products(place, sizes, n, backward=False)
     return [
         Variant("nnx", lambda: trainer.predict(host), n, "samples", enqueues=False),
         place.products(products),
@@ -361,7 +368,15 @@ def _adam(place: Place) -> list[Variant]:
     model = mlp(sizes, dtype=place.dtype).to(place.backend)
     vector = ParameterVector([p for _, p in model.parameters()])
     vector.grad.fill(1e-3)
-    optimizer = Adam(1e-6)
+    update, slots = adam_update(place, vector)
+    return place.operation(update, vector.grad, *2 * (vector.value, *slots), vector.groups.ids)
+
+
+def adam_update(
+    place: Place, vector: ParameterVector, lr: float = 1e-6
+) -> tuple[Callable[[], None], tuple[Array, Array]]:
+    """Adam's operation on a vector, and its slots."""
+    optimizer = Adam(lr)
     optimizer.bind(vector)
     slots = optimizer.slot("m"), optimizer.slot("v")
 
@@ -370,7 +385,7 @@ def _adam(place: Place) -> list[Variant]:
         step = Update(vector.value, vector.grad, (*slots, None), vector.groups, state)
         place.backend.adam(step, beta1=0.9, beta2=0.999, eps=1e-8)
 
-    return place.operation(update, vector.grad, *2 * (vector.value, *slots), vector.groups.ids)
+    return update, slots
 
 
 def _bias_relu(n: int, width: int, place: Place) -> list[Variant]:
