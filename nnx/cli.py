@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -22,7 +23,7 @@ import time
 import tomllib
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -821,17 +822,24 @@ def _model_in_file(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 def _bench(args: argparse.Namespace) -> None:
     from nnx import bench
 
+    if args.against is not None:
+        _bench_against(args)
+        return
     with _input_errors():
+        for flag in ("threads", "python", "plot", "markdown"):
+            if getattr(args, flag):
+                raise CliError(f"--{flag} goes with --against")
         backend = _backend(args, args.backend)
         _check_json(args.json)
+        sections = _sections(args.only, bench.SECTIONS)
     smoke = os.environ.get("NNX_BENCH_SMOKE") == "1"
     place = bench.Place(backend, np.dtype(args.dtype), smoke)
-    cases = bench.cases(args.only)
+    cases = bench.cases(sections)
     settings = {
         "backend": backend.name,
         "dtype": args.dtype,
         "seconds": args.seconds,
-        "sections": args.only,
+        "sections": sections,
         "smoke": smoke,
     }
     machine = {
@@ -842,33 +850,133 @@ def _bench(args: argparse.Namespace) -> None:
         "blas": _blas(),
         **bench.describe(backend),
     }
-    table = bench.Table(cases, device="device" in machine)
-    rows: list[bench.Row] = []
-
-    def show(*lines: str) -> None:
-        if args.json != "-":
-            print(*lines, sep="\n", flush=True)
-
+    show = _shower(args)
     show(*bench.heading(settings, machine))
-    try:
-        for i, case in enumerate(cases):
-            with _passing(f"{i + 1} of {len(cases)}: {case.name}"):
-                row = bench.measure(case, place, args.seconds, strict=args.debug)
-            rows.append(row)
-            show(*table.lines(row))
-    except KeyboardInterrupt as error:
-        raise CliError(f"interrupted after {len(rows)} of {len(cases)} rows", 130) from error
-    finally:
-        if args.json is not None:  # whatever ended it: what there is
-            done = {"complete": len(rows) == len(cases), "rows": [row.to_json() for row in rows]}
-            text = json.dumps({"settings": settings, "machine": machine, **done}, indent=2)
-            _write_json(args.json, text)
+    rows: list[Any] = []
+    table = bench.Table(cases, device="device" in machine)
+    measure = functools.partial(bench.measure, place=place, seconds=args.seconds, strict=args.debug)
+    _measure_all(args, cases, measure, rows, lambda row: show(*table.lines(row)), settings, machine)
     show("", bench.NOTES, *([bench.DEVICE_NOTES] if "device" in machine else []))
     for warning in dict.fromkeys(warning for row in rows for warning in row.warnings):
         _warn(args, f"warning: {warning}")
+    _check_rows(rows, " (see with --debug)")
+
+
+def _bench_against(args: argparse.Namespace) -> None:
+    from nnx import bench
+    from nnx.bench import against
+
+    with _input_errors():
+        if _backend(args, args.backend).xp is not np or args.dtype != "float32":
+            raise CliError("--against compares on the CPU, in float32")
+        _check_json(args.json)
+        if args.plot:
+            _check_plot(args.plot)
+        sections = _sections(args.only, against.SECTIONS)
+        if args.only is None or args.plot:  # the sweep is for the picture
+            sections = [name for name in sections if name != "sweep"] + ["sweep"] * bool(args.plot)
+        pythons = dict(args.python or ())
+        if unused := sorted(set(pythons) - set(args.against)):
+            raise CliError(f"--python names {unused[0]}, which --against doesn't")
+    smoke = os.environ.get("NNX_BENCH_SMOKE") == "1"
+    threads = args.threads or _usable_cpus()
+    contests = against.contests(sections)
+    options = {"pythons": pythons, "threads": threads, "seconds": args.seconds, "smoke": smoke}
+    with against.Team(args.against, **options) as team:
+        with _passing("starting the libraries"), _input_errors():
+            team.start(contests)
+        settings = {
+            "against": args.against,
+            "threads": threads,
+            "seconds": args.seconds,
+            "sections": sections,
+            "smoke": smoke,
+            "date": time.strftime("%Y-%m-%d"),
+            "command": _command(args, threads),
+            "versions": team.versions,
+        }
+        cpus = {"usable": _usable_cpus(), "all": os.cpu_count()}
+        machine = {"platform": platform.platform(), "cpus": cpus}
+        machine |= bench.describe(get_backend("numpy"))
+        head = list(against.heading(settings, machine))
+        show = _shower(args, silent=args.markdown)
+        show(*head)
+        rows: list[Any] = []
+        table = against.Table(contests)
+
+        def show_row(row: against.Row) -> None:
+            show(*table.lines(row))
+
+        try:
+            _measure_all(args, contests, team.hold, rows, show_row, settings, machine)
+        finally:
+            if args.markdown and rows:
+                _shower(args)(*against.markdown(head, rows))
+    show("", against.NOTES)
+    if args.plot:
+        against.throughput(rows, args.plot)
+    _check_rows(rows)
+
+
+def _shower(args: argparse.Namespace, *, silent: bool = False) -> Callable[..., None]:
+    """Prints lines, unless JSON takes their place."""
+
+    def show(*lines: str) -> None:
+        if args.json != "-" and not silent:
+            print(*lines, sep="\n", flush=True)
+
+    return show
+
+
+def _measure_all(
+    args: argparse.Namespace,
+    cases: Sequence[Any],
+    measure: Callable[[Any], Any],
+    rows: list[Any],
+    show: Callable[[Any], None],
+    settings: dict[str, Any],
+    machine: dict[str, Any],
+) -> None:
+    """Measure and show one row after the other; whatever ends it, `--json` gets what there is."""
+    try:
+        for i, case in enumerate(cases):
+            with _passing(f"{i + 1} of {len(cases)}: {case.name}"):
+                row = measure(case)
+            rows.append(row)
+            show(row)
+    except KeyboardInterrupt as error:
+        raise CliError(f"interrupted after {len(rows)} of {len(cases)} rows", 130) from error
+    finally:
+        if args.json is not None:
+            done = {"complete": len(rows) == len(cases), "rows": [row.to_json() for row in rows]}
+            text = json.dumps({"settings": settings, "machine": machine, **done}, indent=2)
+            _write_json(args.json, text)
+
+
+def _check_rows(rows: Sequence[Any], hint: str = "") -> None:
     failed = [row.name for row in rows if row.failed]
     if failed:
-        raise CliError(f"{len(failed)} rows failed: {'; '.join(failed)} (see with --debug)", 1)
+        raise CliError(f"{len(failed)} rows failed: {'; '.join(failed)}{hint}", 1)
+
+
+def _check_plot(path: str) -> None:
+    """Learn before the work that there can be a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CliError(f"--plot: {error}; pip install 'nnx-xp[plot]'") from error
+    suffix, known = Path(path).suffix.removeprefix("."), Figure().canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise CliError(f"--plot: expected a name that ends in one of {sorted(known)}, got {path!r}")
+    if not Path(path).absolute().parent.is_dir():
+        raise CliError(f"--plot: no such folder: {path}")
+
+
+def _command(args: argparse.Namespace, threads: int) -> str:
+    """What measures the same elsewhere: paths of interpreters and of files are left out."""
+    only = f" --only {args.only}" if args.only else ""
+    more = f"{only} --threads {threads} --seconds {args.seconds:g}"
+    return f"nnx bench --against {','.join(args.against)}{more}{' --plot FILE' * bool(args.plot)}"
 
 
 @contextlib.contextmanager
@@ -884,13 +992,33 @@ def _passing(text: str) -> Iterator[None]:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _sections(text: str) -> list[str]:
-    from nnx.bench import SECTIONS
+def _sections(text: str | None, known: Iterable[str]) -> list[str]:
+    names = [name for name in (",".join(known) if text is None else text).split(",") if name]
+    if not names or not set(names) <= set(known):
+        raise CliError(f"--only: expected some of {','.join(known)}, got {text!r}")
+    return names
+
+
+def _libraries(text: str) -> list[str]:
+    from nnx.bench.against import LIBRARIES
 
     names = [name for name in text.split(",") if name]
-    if not names or not set(names) <= set(SECTIONS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
-    return names
+    if not names or not set(names) <= set(LIBRARIES):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(LIBRARIES)}, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def _interpreter(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"expected LIB=PATH, got {text!r}")
+    return name, path
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _duration(text: str) -> float:
@@ -1107,6 +1235,8 @@ run.toml holds what the flags can say; flags win over it. Paths are relative to 
   nnx bench --backend cupy                      on a GPU; each step eager and as a CUDA graph
   nnx bench --only steps,kernels --dtype float64
   nnx bench --seconds 5 --json bench.json       longer, with a file of every figure
+  nnx bench --against torch,jax                 beside other libraries, on the CPU
+  nnx bench --against torch --python torch=venv/bin/python --plot throughput.png
 
 A row's time is a median; beside each step stand its matrix products alone, which take turns with
 it. Close other programs first, and compare what ran side by side.
@@ -1205,17 +1335,37 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--only",
         metavar="WHAT,...",
-        type=_sections,
-        default="steps,kernels,products,predict",
-        help="steps, kernels, products, predict (default: all)",
+        help="steps, kernels, products, predict; with --against steps, kernels, predict, process, "
+        "mnist, sweep (default: all, the sweep with --plot only)",
     )
     bench.add_argument(
         "--seconds",
         metavar="S",
         type=_duration,
         default=1.0,
-        help="time for each row; 0 for a single call (default: 1)",
+        help="time for each row, with --against for each participant in it; 0 for a single call "
+        "(default: 1)",
     )
+    bench.add_argument(
+        "--against",
+        metavar="LIB,...",
+        type=_libraries,
+        help="compare with torch, jax, tensorflow, sklearn, each in a process of its own",
+    )
+    bench.add_argument(
+        "--threads", metavar="N", type=_positive, help="of each library (default: all processors)"
+    )
+    bench.add_argument(
+        "--python",
+        metavar="LIB=PATH",
+        type=_interpreter,
+        action="append",
+        help="the Python that has a library, where it isn't this one; may be repeated",
+    )
+    bench.add_argument(
+        "--plot", metavar="FILE", help="draw throughput over batch size and width, too"
+    )
+    bench.add_argument("--markdown", action="store_true", help="write the table as Markdown")
     bench.add_argument(
         "--json",
         metavar="FILE",

@@ -27,7 +27,9 @@ WITHOUT_DERIVATION = {"Layer", "Loss", "Step"}
 # Public, and no modules to import: their page is guide/command-line.md.
 WITHOUT_REFERENCE = {"bench", "cli"}
 # Pages that may do without code that runs.
-WITHOUT_CODE = re.compile(r"api/|changelog|index\.md|guide/(install|command-line)\.md|gpu\.md")
+WITHOUT_CODE = re.compile(
+    r"api/|changelog|index\.md|guide/(install|command-line)\.md|gpu\.md|benchmarks\.md"
+)
 
 
 def _blocks(page: str) -> Iterator[tuple[int, str, str]]:
