@@ -195,6 +195,7 @@ class Backend(Protocol):
     def capture(self, work: Callable[[], Any], state: StepState) -> Graph: ...
     def out_of_memory(self, error: BaseException) -> str | None: ...
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
+    def total(self, x: Array, scale: float = 1.0) -> Array: ...
     def erf(self, x: Array) -> Array: ...
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array: ...
     def affine(
@@ -603,6 +604,11 @@ class XpBackend:
         names = {name: getattr(self, name, None) or getattr(self.xp, name) for name in FUNCTIONS}
         # CuPy makes its ufuncs when first used, and imports with the builtins of whoever calls them
         return {"__builtins__": {"__import__": __import__}} | names
+
+    def total(self, x: Array, scale: float = 1.0) -> Array:
+        """`scale` times the sum of all elements, `()`."""
+        out = self.empty((), x.dtype)
+        return self.xp.multiply(self.xp.sum(x, out=out), scale, out=out)
 
     def erf(self, x: Array) -> Array:
         """The error function, to a few ulp: `2 / sqrt(pi)` times the integral of exp(-t^2) to x.

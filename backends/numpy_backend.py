@@ -86,6 +86,11 @@ class KernelBackend(NumpyBackend):
             return out
         return super().elementwise(expression, out, **operands)
 
+    def total(self, x: Array, scale: float = 1.0) -> Array:
+        """As in `XpBackend`, added up in float64."""
+        out = self.empty((), x.dtype)
+        return out if _cpu.total(x, out, scale) else super().total(x, scale)
+
     def bias_grad(self, dy: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`, in one pass."""
         if _cpu.bias_grad(dy, out, accumulate):

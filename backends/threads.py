@@ -40,7 +40,8 @@ class Threads:
         self._get, self._set = found or ((lambda: 1), (lambda n: None))
         self._lock = threading.Lock()
         self._active: list[int] = []
-        self._before = 0
+        self._before = self._now = 0
+        self._kernels_now = self.limit
         self._few, self._many = _Block(self, 1), _Block(self, 1 << 30)
         if kernels is not None:
             kernels.set_num_threads(self.limit)
@@ -53,7 +54,7 @@ class Threads:
     def _enter(self, n: int) -> None:
         with self._lock:
             if not self._active:
-                self._before = self._get()
+                self._before = self._now = self._get()
             self._active.append(n)
             self._apply()
 
@@ -64,16 +65,21 @@ class Threads:
 
     def _apply(self) -> None:
         """Set what the block begun last asks for."""
-        n = self._active[-1] if self._active else 1 << 30
-        blas = min(n, self._before, self._most if self._active else self._before)
-        if blas != self._get():
+        if self._active:
+            n = self._active[-1]
+            blas, kernels = min(n, self._before, self._most), min(n, self.limit)
+        else:
+            blas, kernels = self._before, self.limit
+        if blas != self._now:
             self._set(blas)
-        if self._kernels is not None:
-            self._kernels.set_num_threads(min(n, self.limit))
+            self._now = blas
+        if kernels != self._kernels_now and self._kernels is not None:
+            self._kernels.set_num_threads(kernels)
+            self._kernels_now = kernels
 
     def _forked(self) -> None:
         """In a forked child OpenMP's threads are gone, and waiting for them would never end."""
-        self.limit = 1
+        self.limit = self._kernels_now = 1
         self._lock = threading.Lock()  # its owner may be gone, too
         self._kernels.set_num_threads(1)
 

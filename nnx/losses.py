@@ -5,8 +5,10 @@ All are weighted means over samples, `loss = sum(w_i l_i) / sum(w_i)`, with 0 / 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -248,6 +250,9 @@ class _Elementwise(Loss):
         self._like_prediction("targets", target, prediction)
         backend = backend_of(prediction, target)
         shape, dtype = prediction.shape, prediction.dtype
+        alone = weight is None and normalizer is None and self.n_models is None
+        if alone and (grad_scale is None or isinstance(grad_scale, (int, float))):
+            return self._unweighted(backend, prediction, target, grad_scale, need_gradient)
         column = prediction.ndim == 1 and self.n_models is None
         rows = shape if column else self._rows(prediction)
         wide = (*rows, 1 if column else shape[-1])
@@ -273,9 +278,31 @@ class _Elementwise(Loss):
         dprediction = mean.gradient(slope.reshape(wide), grad_scale, self.steepness)
         return loss, dprediction.reshape(shape)
 
+    def _unweighted(
+        self, backend: Backend, p: Array, t: Array, grad_scale: float | None, need_gradient: bool
+    ) -> tuple[Array, Array | None]:
+        """The same without weights and of one model: two expressions and a sum."""
+        shape, dtype = p.shape, p.dtype
+        value, slope = _of_both(self.error, self.value, self.slope)
+        operands = {"p": p, "t": t} | self._parameters(backend, shape, dtype)
+        factor = 1 / p.size if p.size else 0.0
+        each = backend.elementwise(value, backend.empty(shape, dtype), **operands)
+        loss = backend.total(each, factor)
+        if not need_gradient:
+            return loss, None
+        k = factor * self.steepness * (1 if grad_scale is None else grad_scale)
+        return loss, backend.elementwise(slope, backend.empty(shape, dtype), k=k, **operands)
+
     def _parameters(self, backend: Backend, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
         """Further operands of `value` and `slope`."""
         return {}
+
+
+@functools.cache
+def _of_both(error: str, value: str, slope: str) -> tuple[str, str]:
+    """Value and slope, k times, as expressions of p and t."""
+    value, slope = (re.sub(r"\be\b", f"({error})", part) for part in (value, slope))
+    return value, f"k * ({slope})"
 
 
 class MeanSquaredError(_Elementwise):

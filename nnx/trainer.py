@@ -119,7 +119,7 @@ class Trainer:
         target = resolve(backend, default=home)
         try:
             advice = "make the model smaller" + _narrower(parameters[0].value)
-            with target.activate(), _MemoryErrors("Trainer", target, advice):
+            with target.activate(), _MemoryErrors("Trainer", target, lambda: advice):
                 model.to(target)
                 vector = parameters[0].vector  # a second trainer for the model shares the vector
                 if vector is None or vector.parameters != tuple(parameters):
@@ -162,11 +162,11 @@ class Trainer:
             steps = self._begin()
             self._lent = steps.log
             logged = steps.log[steps.position, ...]
-            shapes, kind = tuple((a.shape, a.dtype.char) for a in batch), None
+            shapes, kind = tuple([(a.shape, a.dtype.char) for a in batch]), None
             if self._captures:
                 batch = self._copied(shapes, batch)  # a graph reads where it was told to
                 kind = self._places(batch)
-            self._run(shapes, functools.partial(self._train, batch), kind)
+            self._run(shapes, kind, self._train, batch)
             return logged
 
     def _on_device(self, n: int) -> contextlib.AbstractContextManager[Any]:
@@ -190,13 +190,16 @@ class Trainer:
         self._arena = Arena(self.backend.xp, self.backend.device)
         self._graphs, self._inputs = StepGraphs(), {}
 
-    def _run(self, shapes: Hashable, work: Callable[[], Any], kind: Hashable | None) -> None:
+    def _run(
+        self, shapes: Hashable, kind: Hashable | None, work: Callable[..., Any], *arguments: Any
+    ) -> None:
         """Do a step, or replay it.
 
         Args:
             shapes: Those of its batch: steps of the same ask for the same arrays.
-            work: The step.
             kind: What its graph would freeze; None if it isn't to be captured.
+            work: The step.
+            arguments: Its arguments.
         """
         arena, steps = self._arena.step(shapes), self._step.state
         number, kept = steps.number, []
@@ -205,10 +208,10 @@ class Trainer:
         try:
             with arena:
                 if kind is None:
-                    work()
+                    work(*arguments)
                 else:
                     self.vector.begin_step()  # a replayed step doesn't run `_train`
-                    self._graphs.run(kind, work, steps, arena)
+                    self._graphs.run(kind, functools.partial(work, *arguments), steps, arena)
         except BaseException:
             if steps.number == number:
                 for a, before in kept:
@@ -255,8 +258,13 @@ class Trainer:
 
     def _memory(self, who: str, batch_size: int) -> _MemoryErrors:
         """Say what to do where memory runs out, and give back what the step has asked for."""
-        advice = "the batch size is {}: choose a smaller one" + _narrower(self.vector.value)
-        return _MemoryErrors(who, self.backend, advice, batch_size, self._forget)
+
+        def advice() -> str:
+            self._forget()
+            less = f"the batch size is {batch_size}: choose a smaller one"
+            return less + _narrower(self.vector.value)
+
+        return _MemoryErrors(who, self.backend, advice)
 
     # ---- many steps ----------------------------------------------------------------------------
 
@@ -370,11 +378,11 @@ class Trainer:
             size = min(batch_size, n - start)
             self._begin()
             batch = None if feeder is None else feeder.send(order[start : start + size])
-            work = functools.partial(self._fit_step, data, batch, batch_size, size, totals)
             whole = kind if size == batch_size else None  # a short last batch isn't worth a graph
             if whole is not None and batch is not None:
                 whole = whole, places(batch)
-            self._run((size, *data.shape), work, whole)
+            step = data, batch, batch_size, size, totals
+            self._run((size, *data.shape), whole, self._fit_step, *step)
             if bar is not None:
                 bar.update()
             for callback in callbacks:
@@ -615,33 +623,31 @@ class _Reading(NamedTuple):
 
 
 class _MemoryErrors:
-    """Turns a backend's error of exhausted memory into one that says what to do."""
+    """Turns a backend's error of exhausted memory into one that says what to do.
 
-    __slots__ = ("_advice", "_backend", "_batch_size", "_forget", "_who")
+    Args:
+        who: The caller's name.
+        backend: Whose memory it is.
+        advice: What else to do then, and what to say.
+    """
 
-    def __init__(
-        self,
-        who: str,
-        backend: Backend,
-        advice: str,
-        batch_size: int = 0,
-        forget: Callable[[], None] | None = None,
-    ) -> None:
+    __slots__ = ("_advice", "_backend", "_who")
+
+    def __init__(self, who: str, backend: Backend, advice: Callable[[], str]) -> None:
         self._who, self._backend, self._advice = who, backend, advice
-        self._batch_size, self._forget = batch_size, forget
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, Exception):
+        if error is None or not isinstance(error, Exception):
             return
         said = self._backend.out_of_memory(error)
-        if self._forget is not None and (said is not None or isinstance(error, OutOfMemory)):
-            self._forget()
+        if said is None and not isinstance(error, OutOfMemory):
+            return
+        advice = self._advice()
         if said is not None:
             raise OutOfMemory(
-                f"{self._who}: out of device memory: {said}; "
-                f"{self._advice.format(self._batch_size)}, or run on backend='numpy'"
+                f"{self._who}: out of device memory: {said}; {advice}, or run on backend='numpy'"
             ) from error
 
 

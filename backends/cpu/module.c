@@ -210,6 +210,7 @@ static int execute(PyObject *module) {
         normalization_methods,
         optimizers_methods,
         relu_methods,
+        sums_methods,
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (PyModule_AddFunctions(module, files[i]) < 0)

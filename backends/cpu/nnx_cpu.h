@@ -75,7 +75,7 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
 /* Every kernel, once for each dtype and instruction set: the template is NAME in a file *.inc. */
 #define KERNELS(X) \
     X(relu) X(relu_backward) X(bias_relu) X(bias_relu_backward) X(bias_grad) X(add_bias) X(gemm) \
-    X(all_finite) \
+    X(all_finite) X(total) \
     X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition) \
     X(dropout) X(dropout_backward) \
     X(layer_norm) X(layer_norm_backward) X(norm_gradients) X(batch_norm) X(batch_norm_backward) \
@@ -107,5 +107,6 @@ extern PyMethodDef gemm_methods[];
 extern PyMethodDef normalization_methods[];
 extern PyMethodDef optimizers_methods[];
 extern PyMethodDef relu_methods[];
+extern PyMethodDef sums_methods[];
 
 #endif

@@ -80,21 +80,7 @@ static PyObject *py_bias_grad(ARGUMENTS) {
     DONE;
 }
 
-static PyObject *py_all_finite(ARGUMENTS) {
-    const Array *a;
-    if (n_args != 1 || !(a = array_of(args[0], READ)) || !is_floating(a))
-        Py_RETURN_NONE;
-    int blocks_with_others = 0;
-    const FiniteArgs f = {.x = a->data, .n = size_of(a), .found = &blocks_with_others};
-    run(kernels->all_finite[dtype_of(a)], &f, (f.n + FINITE_BLOCK - 1) / FINITE_BLOCK,
-        0.1 * FINITE_BLOCK);
-    if (blocks_with_others)
-        Py_RETURN_FALSE;
-    Py_RETURN_TRUE;
-}
-
 PyMethodDef relu_methods[] = {
-    METHOD(all_finite, "all_finite(a): whether there is neither NaN nor inf; None if it declines"),
     METHOD(relu, "relu(x, out): out = max(x, 0)"),
     METHOD(relu_backward, "relu_backward(dy, y, out): out = dy where y > 0, else 0"),
     METHOD(bias_relu, "bias_relu(z, bias): z = max(z + bias, 0)"),

@@ -15,12 +15,5 @@ typedef struct {
     int accumulate;
 } BiasArgs;
 
-typedef struct {
-    const void *x;
-    int64_t n;
-    int *found; /* set to 1 where a block holds NaN or inf; never set to anything else */
-} FiniteArgs;
-
-enum { FINITE_BLOCK = 4096 };
 enum { COLUMNS = 128 }; /* of a block whose sums are kept in the first-level cache */
 #endif
