@@ -23,7 +23,7 @@ from nnx.backends.threads import Threads
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
-_BOOL = np.dtype(bool)
+_BOOL, _INT64 = np.dtype(bool), np.dtype(np.int64)
 
 
 class NumpyBackend(XpBackend):
@@ -288,6 +288,55 @@ class KernelBackend(NumpyBackend):
         if _cpu.gather_rows(sources, state.order, state.position * batch_size, batch):
             return batch
         return super().gather_rows(sources, state, batch_size, n)
+
+    def softmax_nll(
+        self,
+        logits: Array,
+        target: Array,
+        weight: Array | None = None,
+        *,
+        class_weight: Array | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        normalizer: float | Array | None = None,
+        grad_scale: float | Array | None = None,
+        need_gradient: bool = True,
+    ) -> tuple[Array, Array | None]:
+        """As in `XpBackend`, row by row in the cache: logits are read and the gradient written."""
+        shape, dtype = logits.shape, logits.dtype
+        if target.dtype != _INT64 and target.dtype.kind != "f":
+            target = self.cast(target, _INT64)
+        if weight is not None:
+            weight = self.cast(weight, dtype)
+        loss = self.empty(shape[:-2], dtype)
+        gradient = self.empty(shape, dtype) if need_gradient else None
+        few = logits.size <= 2048  # FEW_ROWS of softmax.c, which then needs no array
+        work = None if few else self.empty((2, *shape[:-1]), dtype)
+        options = (label_smoothing, ignore_index, normalizer, grad_scale)
+        if _cpu.softmax_nll(logits, target, weight, class_weight, *options, loss, gradient, work):
+            return loss, gradient
+        return super().softmax_nll(
+            *(logits, target, weight),
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            grad_scale=grad_scale,
+            need_gradient=need_gradient,
+        )
+
+    def count_correct(
+        self,
+        scores: Array,
+        labels: Array,
+        total: Array,
+        *,
+        k: int = 1,
+        ignore_index: int | None = None,
+    ) -> None:
+        """As in `XpBackend`, in one pass."""
+        if not _cpu.count_correct(scores, labels, total, k, ignore_index):
+            super().count_correct(scores, labels, total, k=k, ignore_index=ignore_index)
 
 
 def all_finite(a: np.ndarray) -> bool:

@@ -105,7 +105,8 @@ class Loss:
     def _rows(self, prediction: Array) -> tuple[int, ...]:
         """Shape of the samples: `(N,)` for K models `(K, N)`; leading axes count as samples."""
         if self.n_models is None:
-            return (math.prod(prediction.shape[:-1]),)
+            samples: tuple[int, ...] = prediction.shape[:-1]
+            return samples if len(samples) == 1 else (math.prod(samples),)
         if prediction.ndim != 3 or prediction.shape[0] != self.n_models:
             raise ValueError(
                 f"{type(self).__name__}: expected predictions ({self.n_models}, N, n) of "
@@ -535,18 +536,18 @@ class _OfClasses(Loss):
 
     def _check_classes(self, prediction: Array, target: Array) -> bool:
         """Check a target's shape and dtype; whether it is soft."""
-        who = type(self).__name__
+        who, kind = type(self).__name__, target.dtype.kind
         check_floating(who, prediction)
+        if kind in "iu":
+            return False
         wide = target.shape[-1:] == prediction.shape[-1:] and target.ndim >= min(prediction.ndim, 2)
-        if wide and target.dtype.kind == "f":
+        if wide and kind == "f":
             self._like_prediction("soft targets", target, prediction)
             return True
-        if target.dtype.kind not in "iu":
-            raise TypeError(
-                f"{who}: expected integer labels, got {target.dtype} of shape {target.shape}; "
-                f"soft targets have the predictions' shape {prediction.shape}"
-            )
-        return False
+        raise TypeError(
+            f"{who}: expected integer labels, got {target.dtype} of shape {target.shape}; "
+            f"soft targets have the predictions' shape {prediction.shape}"
+        )
 
     def _wide(
         self, prediction: Array, target: Array, weight: Array | None
@@ -651,16 +652,15 @@ class SoftmaxNLL(_OfClasses):
         grad_scale: float | Array | None = None,
         need_gradient: bool = True,
     ) -> tuple[Array, Array | None]:
-        soft = self._check_classes(prediction, target)
-        rows, samples = self._rows(prediction), tuple(prediction.shape[:-1])
-        wide = (*rows, prediction.shape[-1])
+        soft, shape = self._check_classes(prediction, target), prediction.shape
+        rows, samples = self._rows(prediction), shape[:-1]
         backend = backend_of(prediction, target)
         if not soft:
             target = self._of_rows("labels", target, rows, samples)
-        elif target.shape == prediction.shape:
-            target = target.reshape(wide)
+        elif samples != rows and target.shape == shape:
+            target = target.reshape(*rows, shape[-1])
         loss, gradient = backend.softmax_nll(
-            prediction if samples == rows else prediction.reshape(wide),
+            prediction if samples == rows else prediction.reshape(*rows, shape[-1]),
             target,
             None if weight is None else self._of_rows("sample weights", weight, rows, samples),
             class_weight=self._class_weight(backend, prediction),
@@ -670,7 +670,7 @@ class SoftmaxNLL(_OfClasses):
             grad_scale=grad_scale,
             need_gradient=need_gradient,
         )
-        return loss, None if gradient is None else gradient.reshape(prediction.shape)
+        return loss, gradient if samples == rows or gradient is None else gradient.reshape(shape)
 
     def target_weight(self, target: np.ndarray) -> np.ndarray | None:
         """What the class docstring calls d, for each target; 0 for those to be ignored."""

@@ -1,5 +1,6 @@
 """What the tests of kernels share: sizes, special values, comparison, and the bytes moved."""
 
+import math
 import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,6 +55,30 @@ def special(rng: np.random.Generator, shape: Any, dtype: Any) -> np.ndarray:
     for i, value in enumerate([0.0, -0.0, np.inf, -np.inf, np.nan]):
         flat[i::17] = value
     return x
+
+
+def extreme_rows(width: int, label: int, dtype: Any) -> dict[str, np.ndarray]:
+    """Logits `(1, width)` of softmax, each set with another one at the label."""
+    inf, nan = math.inf, math.nan
+    rows: dict[str, tuple[Any, float]] = {  # what all logits are, and that of the label
+        "sure": (-1e4, 1e4),
+        "surely wrong": (1e4, -1e4),
+        "all but one impossible": (-inf, 0.0),
+        "impossible": (0.0, -inf),
+        "nothing possible": (-inf, -inf),
+        "infinite": (0.0, inf),
+        "infinite elsewhere": (inf, 0.0),
+        "not a number": (nan, 0.0),
+        "not a number at the label": (0.0, nan),
+        "rising": (np.linspace(-20, 20, width), 3.0),
+        "falling": (np.linspace(20, -20, width), 3.0),
+        "equal": (-0.0, 0.0),
+    }
+    found = {}
+    for name, (others, at_label) in rows.items():
+        found[name] = np.full((1, width), others).astype(dtype)
+        found[name][0, label] = at_label
+    return found
 
 
 def limit_grid(monkeypatch: pytest.MonkeyPatch, blocks: int) -> dict[str, int]:

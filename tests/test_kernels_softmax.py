@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import REFERENCE, close, same_bits_on_every_grid, send, special, traffic
+from kernel_cases import (
+    REFERENCE,
+    close,
+    extreme_rows,
+    same_bits_on_every_grid,
+    send,
+    special,
+    traffic,
+)
 from oracles import cross_entropy
 
 from nnx.backends import Backend, get_backend
@@ -300,32 +308,15 @@ def test_softmax_nll_of_other_layouts(layout: str, dtype: Any, rng: np.random.Ge
 def test_softmax_nll_of_extreme_rows(
     width: int, soft: bool, dtype: Any, rng: np.random.Generator
 ) -> None:
-    inf, nan = math.inf, math.nan
     label = width // 2
-    rows: dict[str, tuple[Any, Any]] = {  # what all logits are, and that of the label
-        "sure": (-1e4, 1e4),
-        "surely wrong": (1e4, -1e4),
-        "all but one impossible": (-inf, 0.0),
-        "impossible": (0.0, -inf),
-        "nothing possible": (-inf, -inf),
-        "infinite": (0.0, inf),
-        "infinite elsewhere": (inf, 0.0),
-        "not a number": (nan, 0.0),
-        "not a number at the label": (0.0, nan),
-        "rising": (np.linspace(-20, 20, width), 3.0),
-        "falling": (np.linspace(20, -20, width), 3.0),
-        "equal": (-0.0, 0.0),
-    }
     target = np.array([label])
     if soft:
         target = (np.arange(width) == label)[None].astype(dtype)
     with np.errstate(invalid="ignore", divide="ignore"):
-        for others, at_label in rows.values():
-            logits = np.full((1, width), others).astype(dtype)
-            logits[0, label] = at_label
+        for logits in extreme_rows(width, label, dtype).values():
             check(logits, target)
             check(logits, target, label_smoothing=0.1)
-        logits[0, ::2] = -inf  # half of it; the sums begin and end with one
+        logits[0, ::2] = -math.inf  # half of it; the sums begin and end with one
         check(logits, target)
     for wrong in (-1, width, -(2**63), 2**63 - 1):
         loss, gradient = get_backend("cupy").softmax_nll(

@@ -30,7 +30,7 @@ class BuildKernels(build_ext):  # type: ignore[misc]
     def build_extension(self, ext: Any) -> None:
         """Build one extension."""
         if self.compiler.compiler_type == "msvc":
-            ext.extra_compile_args += ["/O2", "/fp:precise", "/std:c11"]
+            ext.extra_compile_args += ["/O2", "/fp:precise", "/std:c11", "/Zc:preprocessor"]
             flags = ["/openmp"]
         else:
             # The order of operations is that of the sources: no contraction, no reassociation.

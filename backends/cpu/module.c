@@ -210,6 +210,7 @@ static int execute(PyObject *module) {
         normalization_methods,
         optimizers_methods,
         relu_methods,
+        softmax_methods,
         sums_methods,
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)

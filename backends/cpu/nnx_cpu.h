@@ -79,7 +79,8 @@ void run(Kernel kernel, const void *args, int64_t n, double ns);
     X(sgd) X(adam) X(adagrad) X(rmsprop) X(lion) X(condition) \
     X(dropout) X(dropout_backward) \
     X(layer_norm) X(layer_norm_backward) X(norm_gradients) X(batch_norm) X(batch_norm_backward) \
-    X(elementwise)
+    X(elementwise) \
+    X(nll_weights) X(nll_factors) X(softmax_nll) X(softmax_nll_few) X(nll_loss) X(count_correct)
 
 typedef struct {
     const char *name;
@@ -107,6 +108,7 @@ extern PyMethodDef gemm_methods[];
 extern PyMethodDef normalization_methods[];
 extern PyMethodDef optimizers_methods[];
 extern PyMethodDef relu_methods[];
+extern PyMethodDef softmax_methods[];
 extern PyMethodDef sums_methods[];
 
 #endif

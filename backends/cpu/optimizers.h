@@ -17,5 +17,5 @@ typedef struct {
 } UpdateArgs;
 
 enum { SQUARES = 4096 }; /* elements of a block; the last of a model may have fewer */
-enum { LANES = 16 };     /* sums in a block, added up at its end */
+enum { CONDITION_LANES = 16 };     /* sums in a block, added up at its end */
 #endif
