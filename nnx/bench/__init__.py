@@ -391,8 +391,9 @@ def adam_update(
 def _bias_relu(n: int, width: int, place: Place) -> list[Variant]:
     z, backend = place.random(place.size(n), place.size(width)), place.backend
     bias = place.random(z.shape[1]) * 1e-3  # it is added to the same z again and again
-    _, mask = backend.bias_relu(z, bias)
-    return place.operation(lambda: backend.bias_relu(z, bias), z, z, bias, mask)
+    y, mask = backend.bias_relu(z, bias)
+    masks = () if mask is y else (mask,)
+    return place.operation(lambda: backend.bias_relu(z, bias), z, z, bias, *masks)
 
 
 def _bias_relu_backward(n: int, width: int, place: Place) -> list[Variant]:
