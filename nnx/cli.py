@@ -13,6 +13,7 @@ import csv
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -37,6 +38,7 @@ from nnx.backends import (
     OutOfMemory,
     available,
     get_backend,
+    numpy_backend,
     resolve,
 )
 from nnx.backends.cublas import tf32
@@ -714,7 +716,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.json != "-":
         print(report)
     if args.json is not None:
-        text = report.to_json(blas=_blas(), cpus=_usable_cpus(), **_asked(args))
+        place = {"blas": _blas(), "kernels": _kernels(), "cpus": _usable_cpus()}
+        text = report.to_json(**place, **_asked(args))
         _write_json(args.json, text)
     failed = sum(not row.passed for row in report.rows)
     if failed:
@@ -1049,6 +1052,7 @@ def _info(args: argparse.Namespace) -> None:
         "platform": platform.platform(),
         "cpus": {"usable": _usable_cpus(), "all": os.cpu_count()},
         "blas": _blas(),
+        "kernels": _kernels(),
         **_backends(),
         "cuda": _cuda(),
         "environment": {
@@ -1073,6 +1077,7 @@ def _readable(info: dict[str, Any]) -> str:
         ("CPUs", f"{cpus['usable']} usable of {cpus['all']}"),
         ("BLAS", f"{blas['name']} {blas['version']}"),
         ("BLAS threads", f"{blas['threads']} (by {blas['threads_by']})"),
+        ("C kernels", _state(info["kernels"])),
         ("backends", ", ".join(info["backends"])),
     ]
     if info["cupy_problem"]:
@@ -1135,6 +1140,25 @@ def _blas_threads(blas: str) -> tuple[int, str]:
             if value.isdecimal() and int(value):
                 return int(value), variable
     return _usable_cpus(), "CPU count"
+
+
+def _kernels() -> dict[str, Any]:
+    """Whether the C kernels were built and are in use, and how."""
+    built = importlib.util.find_spec("nnx.backends._cpu") is not None
+    off = built and bool(os.environ.get("NNX_DISABLE_CPU_KERNELS"))
+    used = numpy_backend.CPU.info() if numpy_backend.CPU is not None else {}
+    found = {name: used.get(name) for name in ("instructions", "openmp", "threads")}
+    return {"built": built, "used": bool(used), "switched_off": off, **found}
+
+
+def _state(kernels: dict[str, Any]) -> str:
+    if kernels["used"]:
+        n = kernels["threads"]
+        threads = f"OpenMP, {n} thread{'s' * (n > 1)}" if kernels["openmp"] else "no OpenMP"
+        return f"{kernels['instructions']}, {threads}"
+    if kernels["switched_off"]:
+        return "off (by NNX_DISABLE_CPU_KERNELS)"
+    return "built, but can't be used with this Python and NumPy" if kernels["built"] else "not built"
 
 
 def _backends() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from cli_runs import Result, call
 
 import nnx
 from nnx import cli
-from nnx.backends import Backend, BackendUnavailable
+from nnx.backends import Backend, BackendUnavailable, numpy_backend
 from nnx.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -941,6 +942,44 @@ def test_info_says_what_is_installed(run: Nnx) -> None:
     assert info["backends"][0] == "numpy"
     assert info["blas"]["threads"] >= 1
     assert info["cpus"]["all"] >= info["cpus"]["usable"] >= 1
+
+
+@pytest.mark.kernels
+def test_info_describes_the_c_kernels(run: Nnx) -> None:
+    cpu: Any = numpy_backend.CPU
+    before = cpu.info()["threads"]
+    cpu.set_num_threads(2)
+    try:
+        info, text = json.loads(run("info", "--json").out)["kernels"], run("info").out
+        expected = {"built": True, "used": True, "switched_off": False, **cpu.info()}
+    finally:
+        cpu.set_num_threads(before)
+    assert info == expected
+    assert info["instructions"] in ("baseline", "avx2", "avx512")
+    threads = "OpenMP, 2 threads" if info["openmp"] else "no OpenMP"
+    line = rf"^C kernels +{info['instructions']}, {threads}$"
+    assert re.search(line, text, re.MULTILINE)
+
+
+def test_info_says_why_there_are_no_c_kernels(run: Nnx, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_backend, "CPU", None)
+    find = importlib.util.find_spec
+    for built, off, state in (
+        (False, "", "not built"),
+        (False, "1", "not built"),
+        (True, "1", "off (by NNX_DISABLE_CPU_KERNELS)"),
+        (True, "", "built, but can't be used with this Python and NumPy"),
+    ):
+
+        def found(name: str, package: Any = None, built: bool = built) -> Any:
+            return (built or None) if name.endswith("._cpu") else find(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", found)
+        monkeypatch.setenv("NNX_DISABLE_CPU_KERNELS", off)
+        assert re.search(rf"^C kernels +{re.escape(state)}$", run("info").out, re.MULTILINE)
+        kernels = json.loads(run("info", "--json").out)["kernels"]
+        assert (kernels["used"], kernels["instructions"]) == (False, None)
+        assert kernels["built"] is built
 
 
 def test_info_survives_whatever_is_wrong_with_cupy(

@@ -19,7 +19,7 @@ import pytest
 from cli_runs import Result, call
 
 import nnx
-from nnx.backends import NumpyBackend
+from nnx.backends import NumpyBackend, numpy_backend
 from nnx.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +231,7 @@ def test_json_alone_is_all_there_is_on_the_standard_output(run: Check) -> None:
     assert content["environment"]["tf32"] is False
     assert content["environment"]["versions"]["numpy"] == np.__version__
     assert content["blas"]["threads"] >= 1
+    assert content["kernels"]["used"] is (numpy_backend.CPU is not None)
     assert all(row["passed"] and row["error"] <= row["bound"] for row in content["rows"])
     same = run("--steps", "2", "--dtype", "float64", "--json", "-")
     assert json.loads(same.out) == content

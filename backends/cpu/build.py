@@ -9,6 +9,7 @@ from typing import Any
 
 from setuptools.command.build_ext import build_ext
 
+_FOLDER = Path(__file__).parent
 _PROBE = """
 #include <omp.h>
 int main(void) {
@@ -26,6 +27,17 @@ class BuildKernels(build_ext):  # type: ignore[misc]
 
     The extension is optional (pyproject.toml): where it can't be built nnx runs on NumPy.
     """
+
+    def finalize_options(self) -> None:
+        """Compile each `*.c` of this folder; its other files, this one too, belong to the sources.
+
+        Files named here are in the source archive, and a change of any makes all compile anew.
+        """
+        super().finalize_options()
+        files = [f"backends/cpu/{p.name}" for p in sorted(_FOLDER.iterdir()) if p.is_file()]
+        for ext in self.extensions:
+            ext.sources = [name for name in files if name.endswith(".c")]
+            ext.depends = [name for name in files if not name.endswith(".c")]
 
     def build_extension(self, ext: Any) -> None:
         """Build one extension."""

@@ -90,6 +90,11 @@ static PyObject *py_layout(ARGUMENTS) {
 
 /* ---- threads --------------------------------------------------------------------------------- */
 
+#ifdef _OPENMP
+enum { has_openmp = 1 };
+#else
+enum { has_openmp = 0 };
+#endif
 static int max_threads = 1;
 
 void run(Kernel kernel, const void *args, int64_t n, double ns) {
@@ -131,11 +136,7 @@ static PyObject *py_set_num_threads(ARGUMENTS) {
     const long n = n_args == 1 ? PyLong_AsLong(args[0]) : 0;
     if (PyErr_Occurred())
         return NULL;
-#ifdef _OPENMP
-    max_threads = (int)MAX(1, MIN(n, 1024));
-#else
-    max_threads = 1;
-#endif
+    max_threads = has_openmp ? (int)MAX(1, MIN(n, 1024)) : 1;
     return PyLong_FromLong(max_threads);
 }
 
@@ -172,13 +173,8 @@ static PyObject *py_use(ARGUMENTS) {
 
 static PyObject *py_info(ARGUMENTS) {
     (void)args, (void)n_args;
-#ifdef _OPENMP
-    const int openmp = 1;
-#else
-    const int openmp = 0;
-#endif
     return Py_BuildValue("{s:s,s:O,s:i}", "instructions", kernels->name, "openmp",
-                         openmp ? Py_True : Py_False, "threads", max_threads);
+                         has_openmp ? Py_True : Py_False, "threads", max_threads);
 }
 
 /* ---- the module ------------------------------------------------------------------------------- */
