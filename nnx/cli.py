@@ -1158,7 +1158,9 @@ def _state(kernels: dict[str, Any]) -> str:
         return f"{kernels['instructions']}, {threads}"
     if kernels["switched_off"]:
         return "off (by NNX_DISABLE_CPU_KERNELS)"
-    return "built, but can't be used with this Python and NumPy" if kernels["built"] else "not built"
+    if kernels["built"]:
+        return "built, but can't be used with this Python and NumPy"
+    return "not built"
 
 
 def _backends() -> dict[str, Any]:
