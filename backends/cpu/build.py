@@ -12,12 +12,11 @@ from setuptools.command.build_ext import build_ext
 _FOLDER = Path(__file__).parent
 _PROBE = """
 #include <omp.h>
-int main(void) {
+int probe(void) {
     int n = 0;
 #pragma omp parallel num_threads(2)
-#pragma omp atomic
-    n++;
-    return n == 0;
+    n = omp_get_num_threads();
+    return n;
 }
 """
 
@@ -58,7 +57,7 @@ class BuildKernels(build_ext):  # type: ignore[misc]
         super().build_extension(ext)
 
     def _compiles(self, flags: list[str]) -> bool:
-        """Whether a program with OpenMP compiles and links."""
+        """Whether a library with OpenMP compiles and links."""
         if os.environ.get("NNX_NO_OPENMP"):
             return False
         with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +65,8 @@ class BuildKernels(build_ext):  # type: ignore[misc]
             source.write_text(_PROBE, encoding="utf-8")
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=flags)
-                self.compiler.link_executable(objects, "probe", folder, extra_postargs=flags)
+                library = str(Path(folder, "probe.so"))
+                self.compiler.link_shared_object(objects, library, extra_postargs=flags)
             except Exception:  # each compiler has its own
                 return False
         return True
