@@ -48,8 +48,8 @@ class BuildKernels(build_ext):  # type: ignore[misc]
             # What is given up is only errno and the trapping of floating-point exceptions.
             ext.extra_compile_args += ["-std=c11", "-O3", "-Wall", "-Wextra", "-ffp-contract=off"]
             ext.extra_compile_args += ["-fno-math-errno", "-fno-trapping-math"]
-            # Python's own flags say -fwrapv, under which x[i + j] isn't vectorized over j.
-            ext.extra_compile_args += ["-fvisibility=hidden", "-fno-wrapv"]
+            # Python's own flags say -fwrapv, under which x[i + j] isn't vectorized over j, and -g.
+            ext.extra_compile_args += ["-fvisibility=hidden", "-fno-wrapv", "-g0"]
             flags = ["-fopenmp"]
         if self._compiles(flags):
             ext.extra_compile_args += flags
