@@ -117,14 +117,18 @@ def measured(
                 gauge.note()
         return np.array(gauge.requests), np.array(gauge.beside)
 
-    small, large = (few, 2 * few) if n > 2 * few else (n, n)
     with np.errstate(all="ignore"):  # samples of zeros
-        prepare(small)()  # what is made once isn't part of it
-        less = more = run(large)
-        if small < large:
-            less = run(small)
-            if [a.shape for a in less] != [a.shape for a in more]:  # it isn't the same for all n
-                less = more = run(n)
+        prepare(min(few, n))()  # what is made once isn't part of it
+        small = few
+        while 2 * small < n:
+            less, more = run(small), run(2 * small)
+            if [a.shape for a in less] == [a.shape for a in more]:
+                break
+            small *= 2  # few samples may be dealt with in another way
+        else:
+            small = n
+            less = more = run(n)
+    large = min(2 * small, n)
     further = (n - large) / max(large - small, 1)
     requests, beside = (b + (b - a) * further for a, b in zip(less, more, strict=True))
     slab = np.ceil(requests / _ALIGNMENT).sum() * _ALIGNMENT
