@@ -5,6 +5,9 @@ is done sooner stays on one thread. `Threads.of(work)` sets the number for a `wi
 the C kernels, and that of the OpenBLAS which NumPy's wheel brings along; it is put back at the end
 of the outermost block. Any other BLAS is left alone. Nothing is raised above what was set before,
 by `OPENBLAS_NUM_THREADS` or otherwise, or above `NNX_NUM_THREADS`.
+
+In a block with several threads OpenBLAS runs on OpenMP's, as the kernels do. Its own would go on
+waiting actively on the cores where a kernel's threads want to run, and the other way around.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -37,7 +40,9 @@ class Threads:
         self._kernels = kernels
         found = _openblas()
         self.blas = found is not None
-        self._get, self._set = found or ((lambda: 1), (lambda n: None))
+        self._get, self._set, self._run_by = found or ((lambda: 1), _nothing, _nothing)
+        self._runner = None if kernels is None else kernels.runner()
+        self._runner_now: int | None = None
         self._lock = threading.Lock()
         self._active: list[int] = []
         self._before = self._now = 0
@@ -73,6 +78,10 @@ class Threads:
         if blas != self._now:
             self._set(blas)
             self._now = blas
+        runner = self._runner if self._active and blas > 1 else None
+        if runner != self._runner_now:
+            self._run_by(runner)
+            self._runner_now = runner
         if kernels != self._kernels_now and self._kernels is not None:
             self._kernels.set_num_threads(kernels)
             self._kernels_now = kernels
@@ -82,6 +91,8 @@ class Threads:
         self.limit = self._kernels_now = 1
         self._lock = threading.Lock()  # its owner may be gone, too
         self._kernels.set_num_threads(1)
+        self._runner = self._runner_now = None
+        self._run_by(None)
 
 
 class _Block:
@@ -117,8 +128,20 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _openblas() -> tuple[Callable[[], int], Callable[[int], object]] | None:
-    """Number of threads of NumPy's own OpenBLAS, and what sets it; None for another BLAS."""
+def _nothing(n: int | None) -> None:
+    """What to do about a BLAS that isn't NumPy's own."""
+
+
+_Calls: TypeAlias = tuple[
+    Callable[[], int], Callable[[int], object], Callable[[int | None], object]
+]
+
+
+def _openblas() -> _Calls | None:
+    """Of NumPy's own OpenBLAS: its number of threads, what sets it, and what says who runs it.
+
+    None for another BLAS.
+    """
     package = Path(np.__file__).parent
     for folder in (package.parent / "numpy.libs", package / ".dylibs"):
         for path in sorted(folder.glob("*openblas*")):
@@ -126,9 +149,17 @@ def _openblas() -> tuple[Callable[[], int], Callable[[int], object]] | None:
                 library = ctypes.PyDLL(str(path))  # loaded already: NumPy has done it
             except OSError:
                 continue
-            for name in ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads"):
-                get = getattr(library, name.format("get"), None)
-                set_ = getattr(library, name.format("set"), None)
+            for suffix in ("64_", ""):
+                get, set_, run_by = (
+                    getattr(library, f"scipy_openblas_{name}{suffix}", None)
+                    for name in (
+                        *("get_num_threads", "set_num_threads"),
+                        "set_threads_callback_function",
+                    )
+                )
                 if get is not None and set_ is not None:
-                    return get, set_
+                    if run_by is None:
+                        return get, set_, _nothing
+                    run_by.argtypes = [ctypes.c_void_p]
+                    return get, set_, run_by
     return None

@@ -19,7 +19,7 @@ import pytest
 from cli_runs import Result, call
 
 import nnx
-from nnx.backends import numpy_backend
+from nnx.backends import get_backend, numpy_backend
 from nnx.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent

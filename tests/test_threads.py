@@ -140,6 +140,26 @@ def test_nnx_num_threads_limits_both() -> None:
     assert "NNX_NUM_THREADS: expected an integer" in _child(code, NNX_NUM_THREADS="two")
 
 
+@needs_openblas
+@pytest.mark.kernels
+def test_several_threads_are_those_of_openmp_and_only_within_a_block() -> None:
+    code = (
+        "import ctypes, numpy as np\n"
+        "from nnx.backends.numpy_backend import CPU, THREADS as t\n"
+        "calls, run_by = [], t._run_by\n"
+        "t._run_by = lambda r: (calls.append(r), run_by(r))\n"
+        "a = np.random.default_rng(0).standard_normal((300, 300)).astype('f')\n"
+        "before = a @ a\n"
+        "with t.of(1 << 40): within = a @ a\n"
+        "with t.of(1): a @ a\n"
+        "same = bool((before == within).all() and (a @ a == before).all())\n"
+        "print(json.dumps([calls, CPU.runner(), same]))"
+    )
+    calls, runner, same = _child(code, NNX_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2")
+    assert calls == ([] if runner is None else [runner, None])
+    assert same
+
+
 @pytest.mark.kernels
 def test_the_kernels_follow() -> None:
     cpu: Any = CPU
