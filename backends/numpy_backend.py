@@ -57,17 +57,24 @@ class KernelBackend(NumpyBackend):
     """NumPy on the CPU, with the C kernels."""
 
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array:
-        """As in `XpBackend`; small products by a kernel, the others by NumPy's BLAS."""
+        """As in `XpBackend`; small products by a kernel, large ones by BLAS, cut into parts."""
         if _cpu.gemm(a, b, out, accumulate, None, False):
             return out
+        if out.ndim == 3 and all(x.ndim == 2 or x.shape[:-2] == out.shape[:1] for x in (a, b)):
+            for k, product in enumerate(out):  # where the first is declined, so are all
+                one, other = a[k] if a.ndim == 3 else a, b[k] if b.ndim == 3 else b
+                if not _cpu.gemm(one, other, product, accumulate, None, False):
+                    break
+            else:
+                return out
         return super().gemm(a, b, out, accumulate=accumulate)
 
     def affine(
         self, x: Array, weight: Array, bias: Array, out: Array, *, relu: bool = False
     ) -> Array | None:
-        """As in `XpBackend`; small products in one pass, the others in two."""
+        """As in `XpBackend`; bias and ReLU follow each part of the product in the cache."""
         if not _cpu.gemm(x, weight, out, False, bias, relu):
-            np.matmul(x, weight, out=out)
+            self.gemm(x, weight, out)
             if relu:
                 return self.bias_relu(out, bias)[1]
             if not _cpu.add_bias(out, bias):

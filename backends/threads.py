@@ -6,8 +6,9 @@ the C kernels, and that of the OpenBLAS which NumPy's wheel brings along; it is 
 of the outermost block. Any other BLAS is left alone. Nothing is raised above what was set before,
 by `OPENBLAS_NUM_THREADS` or otherwise, or above `NNX_NUM_THREADS`.
 
-In a block with several threads OpenBLAS runs on OpenMP's, as the kernels do. Its own would go on
-waiting actively on the cores where a kernel's threads want to run, and the other way around.
+With the C kernels OpenBLAS always has one thread in a block, and a large product is cut into parts
+that their threads take one by one (`cpu/gemm.c`). OpenBLAS's own threads wait for each other within
+a product, and actively on the cores where a kernel's threads want to run.
 """
 
 from __future__ import annotations
@@ -40,17 +41,19 @@ class Threads:
         self._kernels = kernels
         found = _openblas()
         self.blas = found is not None
-        self._get, self._set, self._run_by = found or ((lambda: 1), _nothing, _nothing)
-        self._runner = None if kernels is None else kernels.runner()
-        self._runner_now: int | None = None
+        self._get, self._set, products = found or ((lambda: 1), (lambda n: None), None)
+        self._cuts = False  # products into parts
+        if kernels is not None and products is not None:
+            self._cuts = bool(kernels.set_blas(*products))
         self._lock = threading.Lock()
         self._active: list[int] = []
         self._before = self._now = 0
-        self._kernels_now = self.limit
+        self._kernels_now = self.limit, False
         self._few, self._many = _Block(self, 1), _Block(self, 1 << 30)
         if kernels is not None:
             kernels.set_num_threads(self.limit)
-            os.register_at_fork(after_in_child=self._forked)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=self._forked)
 
     def of(self, work: int | None) -> _Block:
         """A block for work of so many multiply-adds; None leaves the threads as they are."""
@@ -70,29 +73,26 @@ class Threads:
 
     def _apply(self) -> None:
         """Set what the block begun last asks for."""
+        blas, kernels, cuts = self._before, self.limit, False
         if self._active:
-            n = self._active[-1]
-            blas, kernels = min(n, self._before, self._most), min(n, self.limit)
-        else:
-            blas, kernels = self._before, self.limit
+            n, cuts = self._active[-1], self._cuts
+            kernels = min(n, self.limit)
+            blas = min(n, self._before, self._most)
+            if cuts:
+                blas, kernels = 1, min(kernels, self._before)
         if blas != self._now:
             self._set(blas)
             self._now = blas
-        runner = self._runner if self._active and blas > 1 else None
-        if runner != self._runner_now:
-            self._run_by(runner)
-            self._runner_now = runner
-        if kernels != self._kernels_now and self._kernels is not None:
+        if (kernels, cuts) != self._kernels_now and self._kernels is not None:
             self._kernels.set_num_threads(kernels)
-            self._kernels_now = kernels
+            self._kernels.set_alone(cuts)
+            self._kernels_now = kernels, cuts
 
     def _forked(self) -> None:
         """In a forked child OpenMP's threads are gone, and waiting for them would never end."""
-        self.limit = self._kernels_now = 1
+        self.limit, self._kernels_now = 1, (1, self._kernels_now[1])
         self._lock = threading.Lock()  # its owner may be gone, too
         self._kernels.set_num_threads(1)
-        self._runner = self._runner_now = None
-        self._run_by(None)
 
 
 class _Block:
@@ -128,19 +128,14 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _nothing(n: int | None) -> None:
-    """What to do about a BLAS that isn't NumPy's own."""
-
-
-_Calls: TypeAlias = tuple[
-    Callable[[], int], Callable[[int], object], Callable[[int | None], object]
-]
+_Calls: TypeAlias = tuple[Callable[[], int], Callable[[int], object], tuple[int, int] | None]
 
 
 def _openblas() -> _Calls | None:
-    """Of NumPy's own OpenBLAS: its number of threads, what sets it, and what says who runs it.
+    """Of NumPy's own OpenBLAS: its number of threads, what sets it, and where its products are.
 
-    None for another BLAS.
+    These are the addresses of `cblas_sgemm` and `cblas_dgemm` with 64-bit integers, or None where
+    they have 32 bits. All is None for another BLAS.
     """
     package = Path(np.__file__).parent
     for folder in (package.parent / "numpy.libs", package / ".dylibs"):
@@ -150,16 +145,17 @@ def _openblas() -> _Calls | None:
             except OSError:
                 continue
             for suffix in ("64_", ""):
-                get, set_, run_by = (
-                    getattr(library, f"scipy_openblas_{name}{suffix}", None)
+                get, set_, single, double = (
+                    getattr(library, f"scipy_{name}{suffix}", None)
                     for name in (
-                        *("get_num_threads", "set_num_threads"),
-                        "set_threads_callback_function",
+                        *("openblas_get_num_threads", "openblas_set_num_threads"),
+                        *("cblas_sgemm", "cblas_dgemm"),
                     )
                 )
-                if get is not None and set_ is not None:
-                    if run_by is None:
-                        return get, set_, _nothing
-                    run_by.argtypes = [ctypes.c_void_p]
-                    return get, set_, run_by
+                if get is None or set_ is None:
+                    continue
+                if suffix != "64_" or single is None or double is None:
+                    return get, set_, None
+                at = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (single, double)]
+                return get, set_, (at[0], at[1])
     return None

@@ -105,3 +105,46 @@ def test_all_finite(kernels: Any, n: int, dtype: Any) -> None:
             assert cpu.all_finite(b) is False
     assert cpu.all_finite(a[::2]) is (None if n > 1 else True)
     assert cpu.all_finite(np.zeros(n, np.int64)) is None
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("transposed", ["", "a", "b"])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(65, 90, 300), (500, 70, 33), (129, 130, 131), (1, 700, 900), (300, 3, 900)]
+)
+def test_large_products_in_parts(
+    m: int, k: int, n: int, transposed: str, n_threads: int, dtype: Any
+) -> None:
+    cpu: Any = numpy_backend.CPU
+    rng = np.random.default_rng(5)
+    a = rng.standard_normal((k, m) if transposed == "a" else (m, k)).astype(dtype)
+    b = rng.standard_normal((n, k) if transposed == "b" else (k, n)).astype(dtype)
+    a, b = a.T if transposed == "a" else a, b.T if transposed == "b" else b
+    bias, out = rng.standard_normal(n).astype(dtype), np.full((m, n), np.nan, dtype)
+    expected = a.astype(np.float64) @ b.astype(np.float64)
+    loose = 1e-3 if dtype == np.float32 else 1e-11
+    with numpy_backend.THREADS.of(1 << 40):
+        cpu.set_num_threads(n_threads)
+        try:
+            for accumulate, of, relu in (
+                (False, expected, False),
+                (True, 2 * expected, False),
+                (False, np.maximum(expected + bias, 0), True),
+                (False, expected + bias, False),
+            ):
+                shift = None if of is expected or accumulate else bias
+                assert cpu.gemm(a, b, out, accumulate, shift, relu)
+                np.testing.assert_allclose(out, of, rtol=loose, atol=loose)
+        finally:
+            cpu.set_num_threads(numpy_backend.THREADS.limit)
+
+
+def test_products_of_models_one_by_one(dtype: Any) -> None:
+    rng, backend = np.random.default_rng(6), get_backend("numpy")
+    for m, k, n in ((5, 4, 3), (100, 80, 90)):
+        x, shared = (rng.standard_normal(s).astype(dtype) for s in ((3, m, k), (m, k)))
+        weight = rng.standard_normal((3, k, n)).astype(dtype)
+        with numpy_backend.THREADS.of(1 << 40):
+            for a in (x, shared):
+                out = backend.gemm(a, weight, np.full((3, m, n), np.nan, dtype))
+                np.testing.assert_allclose(out, a @ weight, rtol=1e-4, atol=1e-4)

@@ -96,7 +96,7 @@ def test_the_trainer_sets_them_and_puts_them_back(monkeypatch: pytest.MonkeyPatc
     wide, x, t = _trainer(SMALL // 1024)
     del n[1:]
     wide.train_step(x, t)
-    assert n == [3]
+    assert n == ([3, 1, 3] if THREADS._cuts else [3])
 
 
 @needs_openblas
@@ -131,33 +131,31 @@ def test_nnx_num_threads_limits_both() -> None:
     code = (
         "from nnx.backends.numpy_backend import THREADS as t\n"
         "with t.of(1 << 40): inside = t._get()\n"
-        "print(json.dumps([t.limit, inside, t.blas]))"
+        "print(json.dumps([t.limit, inside, t._kernels_now[0], t.blas and not t._cuts]))"
     )
-    limit, inside, blas = _child(code, NNX_NUM_THREADS="1")
-    assert limit == 1
-    assert inside == 1 or not blas
-    assert _child(code, NNX_NUM_THREADS="3", OPENBLAS_NUM_THREADS="2")[:2] == [3, 2 if blas else 1]
+    limit, inside, _, several = _child(code, NNX_NUM_THREADS="1")
+    assert (limit, inside) == (1, 1)
+    found = _child(code, NNX_NUM_THREADS="3", OPENBLAS_NUM_THREADS="2")
+    assert found[:2] == [3, 2 if several else 1]
     assert "NNX_NUM_THREADS: expected an integer" in _child(code, NNX_NUM_THREADS="two")
 
 
 @needs_openblas
 @pytest.mark.kernels
-def test_several_threads_are_those_of_openmp_and_only_within_a_block() -> None:
+def test_products_are_cut_within_a_block_and_nowhere_else() -> None:
     code = (
-        "import ctypes, numpy as np\n"
+        "import numpy as np\n"
+        "from nnx.backends import get_backend\n"
         "from nnx.backends.numpy_backend import CPU, THREADS as t\n"
-        "calls, run_by = [], t._run_by\n"
-        "t._run_by = lambda r: (calls.append(r), run_by(r))\n"
         "a = np.random.default_rng(0).standard_normal((300, 300)).astype('f')\n"
-        "before = a @ a\n"
-        "with t.of(1 << 40): within = a @ a\n"
-        "with t.of(1): a @ a\n"
-        "same = bool((before == within).all() and (a @ a == before).all())\n"
-        "print(json.dumps([calls, CPU.runner(), same]))"
+        "cut = lambda: CPU.gemm(a, a, np.empty_like(a), False, None, False)\n"
+        "found = [cut()]\n"
+        "with t.of(1 << 40): found += [cut(), t._get()]\n"
+        "with t.of(1): found += [cut(), t._get()]\n"
+        "print(json.dumps([*found, cut(), t._get()]))"
     )
-    calls, runner, same = _child(code, NNX_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2")
-    assert calls == ([] if runner is None else [runner, None])
-    assert same
+    found = _child(code, NNX_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2")
+    assert found == [False, True, 1, True, 1, False, 2]
 
 
 @pytest.mark.kernels

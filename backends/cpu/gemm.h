@@ -9,6 +9,8 @@ typedef struct {
     int64_t a_row, a_column, b_row, b_column; /* strides, in elements */
     int accumulate, relu;
     int64_t row_block, column_blocks;
+    int64_t column_block; /* of a product by BLAS */
+    int is_double;
 } GemmArgs;
 
 enum { GEMM_COLUMNS = 64, GEMM_DEPTH = 288, GEMM_ROWS = 192 }; /* of a block; see gemm.inc */

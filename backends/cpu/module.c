@@ -132,28 +132,19 @@ void run(Kernel kernel, const void *args, int64_t n, double ns) {
     PyEval_RestoreThread(state);
 }
 
-/* What OpenBLAS may be told to run its parts by, instead of threads of its own: those of OpenMP, which
- * the kernels use too. Two sets of threads on the same cores wait for each other. */
+void run_parts(Kernel kernel, const void *args, int64_t n) {
+    PyThreadState *state = PyEval_SaveThread();
 #ifdef _OPENMP
-static void run_parts(int together, void (*part)(int, void *, int), int n, size_t size, void *parts,
-                      int data) {
-    (void)together; /* always: parts wait for each other, so each must have a thread */
-#pragma omp parallel num_threads(n)
-    {
-        const int i = omp_get_thread_num();
-        part(i, (char *)parts + i * size, data);
-    }
-}
+    const int n_threads = (int)MIN(n, max_threads);
+    /* one by one: a thread that the system stops holds up the part it is at and no other */
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) if (n_threads > 1)
 #endif
+    for (int64_t i = 0; i < n; i++)
+        kernel(args, i, i + 1);
+    PyEval_RestoreThread(state);
+}
 
-static PyObject *py_runner(ARGUMENTS) {
-    (void)args, (void)n_args;
-#ifdef _OPENMP
-    if (!omp_get_dynamic() && omp_get_max_active_levels() > 0 && omp_get_thread_limit() >= 1 << 10)
-        return PyLong_FromVoidPtr((void *)(uintptr_t)run_parts);
-#endif
-    Py_RETURN_NONE;
-}
+int thread_limit(void) { return max_threads; }
 
 static PyObject *py_set_num_threads(ARGUMENTS) {
     const long n = n_args == 1 ? PyLong_AsLong(args[0]) : 0;
@@ -205,7 +196,6 @@ static PyObject *py_info(ARGUMENTS) {
 static PyMethodDef methods[] = {
     METHOD(layout, "layout(array): address, shape, strides, flags, type number, dtype as seen"),
     METHOD(set_num_threads, "set_num_threads(n): the most threads a kernel may use"),
-    METHOD(runner, "runner(): address of what runs the parts of a product of OpenBLAS, or None"),
     METHOD(use, "use(instructions): whether these kernels run here; from now on they do"),
     METHOD(info, "info(): instruction set, OpenMP, threads"),
     {NULL, NULL, 0, NULL},

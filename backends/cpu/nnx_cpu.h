@@ -70,6 +70,10 @@ typedef void (*Kernel)(const void *args, int64_t begin, int64_t end);
  * `ns` for each says; and without the GIL where they take longer than it takes to release it. */
 void run(Kernel kernel, const void *args, int64_t n, double ns);
 
+/* Runs a kernel on n long items, each on the thread that is free next; without the GIL. */
+void run_parts(Kernel kernel, const void *args, int64_t n);
+int thread_limit(void);
+
 /* ---- kernels --------------------------------------------------------------------------------- */
 
 /* Every kernel, once for each dtype and instruction set: the template is NAME in a file *.inc. */
