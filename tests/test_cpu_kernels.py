@@ -76,7 +76,7 @@ def test_biases_of_models_lie_apart_in_the_flat_vector(kernels: Any, dtype: Any)
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(1, 1, 1), (4, 2, 3), (7, 300, 33), (70, 5, 129), (7, 0, 5)]
+    ("m", "k", "n"), [(1, 1, 1), (4, 2, 3), (9, 300, 33), (70, 5, 129), (7, 0, 5)]
 )
 @pytest.mark.parametrize("transposed", ["", "a", "b"])
 def test_small_products(kernels: Any, m: int, k: int, n: int, transposed: str, dtype: Any) -> None:
@@ -110,7 +110,7 @@ def test_all_finite(kernels: Any, n: int, dtype: Any) -> None:
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize("transposed", ["", "a", "b"])
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(65, 90, 300), (500, 70, 33), (129, 130, 131), (1, 700, 900), (300, 3, 900)]
+    ("m", "k", "n"), [(65, 90, 300), (500, 70, 33), (129, 130, 131), (3, 700, 900), (300, 3, 900)]
 )
 def test_large_products_in_parts(
     m: int, k: int, n: int, transposed: str, n_threads: int, dtype: Any
@@ -148,3 +148,13 @@ def test_products_of_models_one_by_one(dtype: Any) -> None:
             for a in (x, shared):
                 out = backend.gemm(a, weight, np.full((3, m, n), np.nan, dtype))
                 np.testing.assert_allclose(out, a @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_with_a_vector_is_left_to_numpy(dtype: Any) -> None:
+    rng, backend = np.random.default_rng(7), get_backend("numpy")
+    for m, k, n in ((1, 100, 90), (500, 600, 1)):
+        a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
+        bias, out = rng.standard_normal(n).astype(dtype), np.full((m, n), np.nan, dtype)
+        with numpy_backend.THREADS.of(1 << 40):
+            backend.affine(a, b, bias, out, relu=True)
+        np.testing.assert_allclose(out, np.maximum(a @ b + bias, 0), rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ static const Array *matrix(PyObject *object, int kind, int64_t *row, int64_t *co
 
 /* Up to so many products this is faster than OpenBLAS, whose call alone takes over a microsecond; it
  * packs and multiplies as well, and better on large matrices. */
-static const double SMALL = 1 << 18;
+static const double SMALL = 1 << 18, FEW_ROWS = 1 << 13;
 
 /* OpenBLAS's functions, with 64-bit integers. */
 typedef void Sgemm(int, int, int, int64_t, int64_t, int64_t, float, const float *, int64_t,
@@ -115,10 +115,11 @@ static PyObject *py_gemm(ARGUMENTS) {
             NOT_MINE;
     }
     const double products = (double)g.m * g.n * g.k;
-    if (products > SMALL) {
+    /* few rows are done sooner than the other matrix is packed */
+    if (products > SMALL || (g.m < 8 && products > FEW_ROWS)) {
         int how;
         int64_t ld;
-        if (!alone || !layout_of(g.m, g.k, g.a_row, g.a_column, &how, &ld) ||
+        if (!alone || g.m == 1 || g.n == 1 || /* NumPy calls gemv for those */ !layout_of(g.m, g.k, g.a_row, g.a_column, &how, &ld) ||
             !layout_of(g.k, g.n, g.b_row, g.b_column, &how, &ld))
             NOT_MINE;
         g.a = a->data, g.b = b->data, g.c = c->data, g.bias = bias ? bias->data : NULL;
