@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 import nnx
 from nnx.backends.numpy_backend import CPU, THREADS
@@ -101,8 +102,6 @@ def test_the_trainer_sets_them_and_puts_them_back(monkeypatch: pytest.MonkeyPatc
 
 @needs_openblas
 def test_they_are_the_threads_of_numpys_openblas() -> None:
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="an oracle that isn't required")
-
     def found() -> list[int]:
         return [
             pool["num_threads"]
