@@ -40,7 +40,7 @@ SECTIONS = {
 """What can be compared, with a heading for each. The sweep is for the picture."""
 
 TURNS = 10  # of a row, each a tenth of its time
-REST = 0.03  # seconds between two blocks: idle threads of BLAS libraries spin for about as long
+REST = 0.2  # seconds between two blocks: until idle threads of other libraries no longer spin
 ANSWER = 300.0  # seconds in which a worker has to answer beyond those it is to measure for
 WORKER = Path(__file__).parent / "rivals" / "worker.py"
 
