@@ -55,9 +55,9 @@ class Threads:
             if hasattr(os, "register_at_fork"):
                 os.register_at_fork(after_in_child=self._forked)
 
-    def of(self, work: int | None) -> _Block:
-        """A block for work of so many multiply-adds; None leaves the threads as they are."""
-        return self._few if work is not None and work <= SMALL else self._many
+    def of(self, work: int) -> _Block:
+        """A block for work of so many multiply-adds."""
+        return self._few if work <= SMALL else self._many
 
     def _enter(self, n: int) -> None:
         with self._lock:

@@ -639,7 +639,7 @@ class _MemoryErrors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
             return
         said = self._backend.out_of_memory(error)
         if said is None and not isinstance(error, OutOfMemory):

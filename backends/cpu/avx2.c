@@ -18,8 +18,6 @@
 #define VFMA_f32 _mm256_fmadd_ps
 #define VFMA_f64 _mm256_fmadd_pd
 #define VECTOR 32 /* bytes */
-#define HEIGHT 6
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #define FUSED
 #include "kernels.inc"
 #ifdef __clang__

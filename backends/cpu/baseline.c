@@ -18,6 +18,4 @@
 #define VFMA_f64(a, b, c) ((a) * (b) + (c))
 #endif
 #define VECTOR 16 /* bytes */
-#define HEIGHT 6
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #include "kernels.inc"

@@ -114,17 +114,19 @@ static PyObject *py_gemm(ARGUMENTS) {
         if (!bias || bias->nd != 1 || dtype_of(bias) != dtype_of(c) || bias->shape[0] != g.n)
             NOT_MINE;
     }
+    g.a = a->data, g.b = b->data, g.c = c->data, g.bias = bias ? bias->data : NULL;
+    g.accumulate = args[3] == Py_True, g.relu = args[5] == Py_True;
+    g.is_double = dtype_of(c) == F64;
     const double products = (double)g.m * g.n * g.k;
     /* few rows are done sooner than the other matrix is packed */
     if (products > SMALL || (g.m < 8 && products > FEW_ROWS)) {
         int how;
         int64_t ld;
-        if (!alone || g.m == 1 || g.n == 1 || /* NumPy calls gemv for those */ !layout_of(g.m, g.k, g.a_row, g.a_column, &how, &ld) ||
+        if (!alone || g.m == 1 || g.n == 1) /* for a vector NumPy calls gemv */
+            NOT_MINE;
+        if (!layout_of(g.m, g.k, g.a_row, g.a_column, &how, &ld) ||
             !layout_of(g.k, g.n, g.b_row, g.b_column, &how, &ld))
             NOT_MINE;
-        g.a = a->data, g.b = b->data, g.c = c->data, g.bias = bias ? bias->data : NULL;
-        g.accumulate = args[3] == Py_True, g.relu = args[5] == Py_True;
-        g.is_double = dtype_of(c) == F64;
         const int64_t parts = cut(&g, products);
         run_parts(by_blas, &g, parts);
         DONE;
@@ -132,8 +134,6 @@ static PyObject *py_gemm(ARGUMENTS) {
 #ifndef __GNUC__
     NOT_MINE; /* its vectors are an extension of GCC and Clang */
 #endif
-    g.a = a->data, g.b = b->data, g.c = c->data, g.bias = bias ? bias->data : NULL;
-    g.accumulate = args[3] == Py_True, g.relu = args[5] == Py_True;
     const int64_t blocks = (g.m + GEMM_ROWS - 1) / GEMM_ROWS;
     g.row_block = blocks ? ((g.m + blocks - 1) / blocks + 11) / 12 * 12 : 1;
     g.column_blocks = (g.n + GEMM_COLUMNS - 1) / GEMM_COLUMNS;

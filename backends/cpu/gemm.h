@@ -14,4 +14,6 @@ typedef struct {
 } GemmArgs;
 
 enum { GEMM_COLUMNS = 64, GEMM_DEPTH = 288, GEMM_ROWS = 192 }; /* of a block; see gemm.inc */
+#define HEIGHT 6 /* rows of a tile */
+#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #endif

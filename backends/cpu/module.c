@@ -107,12 +107,10 @@ void run(Kernel kernel, const void *args, int64_t n, double ns) {
         return;
     }
     PyThreadState *state = PyEval_SaveThread();
+#ifdef _OPENMP
     const int64_t wanted = MIN((int64_t)(total / 10e3), n);
     const int n_threads = (int)MIN(wanted, max_threads);
-    if (n_threads <= 1)
-        kernel(args, 0, n);
-#ifdef _OPENMP
-    else {
+    if (n_threads > 1) {
         /* parts begin at multiples of 64 items where there are many, so that none share a line */
         const int64_t unit = n >= 64 * 64 * n_threads ? 64 : 1;
         const int64_t units = (n + unit - 1) / unit;
@@ -124,11 +122,9 @@ void run(Kernel kernel, const void *args, int64_t n, double ns) {
             if (begin < end)
                 kernel(args, begin, end);
         }
-    }
-#else
-    else
-        kernel(args, 0, n);
+    } else
 #endif
+        kernel(args, 0, n);
     PyEval_RestoreThread(state);
 }
 

@@ -63,7 +63,7 @@ int number_of(PyObject *object, double *number);
 /* ---- threads --------------------------------------------------------------------------------- */
 
 /* A kernel does items begin..end-1 of its work. Which items there are depends on shapes only, never
- * on the number of threads, so results don't either. */
+ * on the number of threads, so results don't either; only products by BLAS are cut by it (gemm.c). */
 typedef void (*Kernel)(const void *args, int64_t begin, int64_t end);
 
 /* Runs a kernel on n items: on one thread where all of them take less than some 30 us together, as
