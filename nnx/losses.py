@@ -5,10 +5,8 @@ All are weighted means over samples, `loss = sum(w_i l_i) / sum(w_i)`, with 0 / 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -282,28 +280,23 @@ class _Elementwise(Loss):
     def _unweighted(
         self, backend: Backend, p: Array, t: Array, grad_scale: float | None, need_gradient: bool
     ) -> tuple[Array, Array | None]:
-        """The same without weights and of one model: two expressions and a sum."""
+        """The same without weights and of one model: expressions of e, and a sum."""
         shape, dtype = p.shape, p.dtype
-        value, slope = _of_both(self.error, self.value, self.slope)
-        operands = {"p": p, "t": t} | self._parameters(backend, shape, dtype)
+        e = p
+        if self.error != "p":
+            e = backend.elementwise(self.error, backend.empty(shape, dtype), p=p, t=t)
+        operands = {"e": e, "t": t} | self._parameters(backend, shape, dtype)
         factor = 1 / p.size if p.size else 0.0
-        each = backend.elementwise(value, backend.empty(shape, dtype), **operands)
+        each = backend.elementwise(self.value, backend.empty(shape, dtype), **operands)
         loss = backend.total(each, factor)
         if not need_gradient:
             return loss, None
         k = factor * self.steepness * (1 if grad_scale is None else grad_scale)
-        return loss, backend.elementwise(slope, backend.empty(shape, dtype), k=k, **operands)
+        return loss, backend.elementwise(f"k * ({self.slope})", each, k=k, **operands)
 
     def _parameters(self, backend: Backend, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
         """Further operands of `value` and `slope`."""
         return {}
-
-
-@functools.cache
-def _of_both(error: str, value: str, slope: str) -> tuple[str, str]:
-    """Value and slope, k times, as expressions of p and t."""
-    value, slope = (re.sub(r"\be\b", f"({error})", part) for part in (value, slope))
-    return value, f"k * ({slope})"
 
 
 class MeanSquaredError(_Elementwise):
