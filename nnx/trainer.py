@@ -222,7 +222,8 @@ class Trainer:
     def _places(self, arrays: Iterable[Array]) -> Hashable:
         """Where a captured step would find what it works on."""
         steps: Any = self._step.state
-        own = (self.vector.value, self.vector.grad, steps.log, steps.order)
+        vector, groups = self.vector, self.vector.groups
+        own = (vector.value, vector.grad, groups.ids, groups.table, steps.log, steps.order)
         uploaded = (steps.counters, steps.device_rates)
         found = places([*own, *uploaded, *(a for _, a in self.model.buffers()), *arrays])
         return self.backend.stream(), found
