@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tracemalloc
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
@@ -29,7 +29,15 @@ class BackendUnavailable(RuntimeError):
 
 
 class CaptureError(RuntimeError):
-    """A step can't be captured into a graph; the message says what in it stands in the way."""
+    """A step can't be captured into a graph; the message says what in it stands in the way.
+
+    Attributes:
+        done: Whether the step was done all the same; else everything is as if it hadn't been tried.
+    """
+
+    def __init__(self, message: str, *, done: bool = False) -> None:
+        super().__init__(message)
+        self.done = done
 
 
 class OutOfMemory(MemoryError):
@@ -103,6 +111,11 @@ class StepState:
         if self.capturing:
             self._refuse("position")
         return self._position
+
+    @property
+    def uploaded(self) -> tuple[Array | None, ...]:
+        """The device's copies of all this; on the host graphs ask for it by name."""
+        return ()
 
     @property
     def exhausted(self) -> bool:
@@ -192,7 +205,10 @@ class Backend(Protocol):
     def watch_memory(self) -> Iterator[Callable[[], tuple[int, int]]]: ...
     def step_state(self) -> StepState: ...
     def feeder(self, sources: Sequence[np.ndarray], batch_size: int) -> Feeder: ...
-    def capture(self, work: Callable[[], Any], state: StepState) -> Graph: ...
+    def capture(
+        self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
+    ) -> Graph: ...
+    def places(self, arrays: Iterable[Array | None]) -> Hashable: ...
     def out_of_memory(self, error: BaseException) -> str | None: ...
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
     def total(self, x: Array, scale: float = 1.0) -> Array: ...
@@ -464,7 +480,7 @@ class XpBackend:
     """Elements that an optimizer of several elementwise passes takes at a time."""
 
     def __init__(self, xp: ModuleType, name: str | None = None) -> None:
-        self.xp = xp
+        self.xp = self._library = xp
         self.name = name or f"reference ({xp.__name__})"
 
     def __repr__(self) -> str:
@@ -481,8 +497,8 @@ class XpBackend:
         return np.asarray(a)
 
     def fetch(self, arrays: Sequence[Array]) -> list[np.ndarray]:
-        """Several arrays on the host; waits for the device once."""
-        return [self.to_numpy(a) for a in arrays]
+        """Several arrays on the host, the caller's own; waits for the device once."""
+        return [self.to_numpy(a).copy() for a in arrays]
 
     def upload(self, host: np.ndarray, out: Array) -> None:
         """Copy a host array to `out`, of its shape and dtype, without waiting."""
@@ -493,7 +509,7 @@ class XpBackend:
         arena = running.arena
         if (
             arena is not None
-            and arena.xp is self.xp
+            and arena.xp is self._library
             and (arena.device is None or arena.device == self.device)
         ):
             return arena.empty(shape, dtype)
@@ -561,19 +577,26 @@ class XpBackend:
         """What sends batches of at most `batch_size` rows of host arrays to the device."""
         return _Rows(sources)
 
-    def capture(self, work: Callable[[], Any], state: StepState) -> Graph:
-        """A graph of what `work` does on the device; it isn't done yet.
+    def capture(
+        self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
+    ) -> Graph:
+        """A graph of what `work` does on the device, which its first `launch` will have done.
 
         `work` ran before with the same arrays, so that it has compiled and allocated what it needs.
 
         Args:
             work: One training step, that of `state`. What it does on the host happens.
             state: Counts the step.
+            parts: What the step is made of: layers, loss, optimizer, metrics.
 
         Raises:
-            CaptureError: The step can't be captured. Everything is as if it hadn't been tried.
+            CaptureError: The step can't be captured.
         """
         raise CaptureError(f"backend {self.name!r} has no graphs")
+
+    def places(self, arrays: Iterable[Array | None]) -> Hashable:
+        """Tells whether a graph would find these arrays where it was captured with them."""
+        return tuple([id(a) for a in arrays])
 
     def out_of_memory(self, error: BaseException) -> str | None:
         """What an error says about the device's memory, if that is what it is about; else None."""

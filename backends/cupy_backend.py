@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -290,7 +290,9 @@ class CupyBackend(XpBackend):
         """As in `XpBackend`, by way of pinned memory and a stream of its own."""
         return CupyFeeder(self, sources, batch_size)
 
-    def capture(self, work: Callable[[], Any], state: StepState) -> Graph:
+    def capture(
+        self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
+    ) -> Graph:
         """As in `XpBackend`. What `work` allocates comes from a pool that belongs to the graph."""
         cuda = self.xp.cuda
         number, now = state.number, cuda.get_current_stream()
@@ -319,6 +321,12 @@ class CupyBackend(XpBackend):
                     state.count(number - state.number)
             now.wait_event(stream.record())
         return CupyGraph(graph, pool)
+
+    def places(self, arrays: Iterable[Array | None]) -> Hashable:
+        """As in `XpBackend`: addresses, for CuPy makes an array anew for each view."""
+        return tuple(
+            None if a is None else (int(a.data.ptr), a.shape, a.dtype.char) for a in arrays
+        )
 
     def _capture_stream(self) -> Any:
         """Where steps of the current stream are captured.

@@ -52,6 +52,11 @@ class CupyStepState(StepState):
         super().set_rates(rates)
         self.device_rates = self._upload(rates, self.device_rates)
 
+    @property
+    def uploaded(self) -> tuple[Array | None, ...]:
+        """As in `StepState`."""
+        return self.log, self.order, self.counters, self.device_rates
+
     def _send_counters(self) -> None:
         counters = np.array([self._number, self._position])
         self.counters = self._upload(counters, self.counters)

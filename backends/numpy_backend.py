@@ -11,17 +11,22 @@ import contextlib
 import importlib
 import math
 import os
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from nnx.backends.base import Array, StepState, Update, XpBackend
+from nnx.backends.base import Array, CaptureError, Graph, StepState, Update, XpBackend
 from nnx.backends.expressions import Program, compiled
-from nnx.backends.threads import Threads
+from nnx.backends.threads import TINY, Threads
 
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+INTERFACE = 2
+"""That of the extension; one built from older sources has another."""
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BOOL, _INT64 = np.dtype(bool), np.dtype(np.int64)
 
@@ -34,7 +39,7 @@ class NumpyBackend(XpBackend):
 
     def activate(self, work: int | None = None) -> contextlib.AbstractContextManager[Any]:
         """A context with as many threads as pay for `work`."""
-        return _NOTHING if work is None else THREADS.of(work)
+        return _NOTHING if work is None or work <= TINY else THREADS.of(work)
 
     def relu_backward(self, dy: Array, mask: Array) -> Array:
         """As in `XpBackend`, some ten times faster: the bits of `dy`, as integers, times 0 or 1.
@@ -45,20 +50,56 @@ class NumpyBackend(XpBackend):
         if bits is None or not dy.flags.c_contiguous:
             return super().relu_backward(dy, mask)
         dx = self.empty(dy.shape, dy.dtype)
-        np.multiply(dy.view(bits), mask.view(np.int8), out=dx.view(bits))
+        self.xp.multiply(dy.view(bits), mask.view(np.int8), out=dx.view(bits))
         return dx
 
     def _take_rows(self, source: Array, index: Array, out: Array) -> Array:
         # `order` is a permutation, so nothing is clipped; mode "raise" would buffer the output
-        return np.take(source, index, axis=0, out=out, mode="clip")
+        return self.xp.take(source, index, axis=0, out=out, mode="clip")
 
 
 class KernelBackend(NumpyBackend):
     """NumPy on the CPU, with the C kernels."""
 
+    graphs = True
+
+    def __init__(self) -> None:
+        self._library, self.name = np, "numpy"
+
+    @property
+    def xp(self) -> Any:
+        """NumPy. A step that is being captured and asks for it does more than call kernels."""
+        calls = _cpu.recording()
+        if calls is not None:
+            calls.append(sys._getframe(1).f_code.co_qualname)
+        return np
+
+    @xp.setter
+    def xp(self, xp: ModuleType) -> None:
+        raise AttributeError(f"backend {self.name!r}: its library stays")
+
+    def capture(
+        self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
+    ) -> Graph:
+        """As in `XpBackend`: the calls of its kernels, if all that it does is to call kernels."""
+        for part in parts:
+            kind = type(part)
+            if kind.__module__.partition(".")[0] != "nnx":
+                raise CaptureError(f"{kind.__qualname__} may do on the host what no kernel does")
+        calls: list[Any] = []
+        _cpu.record(calls)
+        try:
+            work()
+        finally:
+            _cpu.record(None)
+        for call in calls:
+            if isinstance(call, str):
+                raise CaptureError(f"{call} calls NumPy on the host", done=True)
+        return _CpuGraph(calls)
+
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`; small products by a kernel, large ones by BLAS, cut into parts."""
-        if _cpu.gemm(a, b, out, accumulate, None, False):
+        if out.ndim == 2 and _cpu.gemm(a, b, out, accumulate, None, False):
             return out
         if out.ndim == 3 and all(x.ndim == 2 or x.shape[:-2] == out.shape[:1] for x in (a, b)):
             for k, product in enumerate(out):  # where the first is declined, so are all
@@ -73,12 +114,12 @@ class KernelBackend(NumpyBackend):
         self, x: Array, weight: Array, bias: Array, out: Array, *, relu: bool = False
     ) -> Array | None:
         """As in `XpBackend`; bias and ReLU follow each part of the product in the cache."""
-        if not _cpu.gemm(x, weight, out, False, bias, relu):
+        if out.ndim > 2 or not _cpu.gemm(x, weight, out, False, bias, relu):
             self.gemm(x, weight, out)
             if relu:
                 return self.bias_relu(out, bias)[1]
             if not _cpu.add_bias(out, bias):
-                np.add(out, bias[..., None, :], out=out)
+                self.xp.add(out, bias[..., None, :], out=out)
         return out if relu else None
 
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array:
@@ -91,6 +132,7 @@ class KernelBackend(NumpyBackend):
         if other is not None and other is not program and _cpu.elementwise(other, out, operands):
             _programs[expression] = other
             return out
+        assert self.xp is np  # what follows is NumPy's
         return super().elementwise(expression, out, **operands)
 
     def total(self, x: Array, scale: float = 1.0) -> Array:
@@ -114,7 +156,7 @@ class KernelBackend(NumpyBackend):
         dx = self.empty(dy.shape, dy.dtype)
         if _cpu.relu_backward(dy, mask, dx):
             return dx
-        return super().relu_backward(dy, mask if mask.dtype == bool else mask > 0)
+        return super().relu_backward(dy, mask if mask.dtype == bool else self.xp.greater(mask, 0))
 
     def bias_relu(self, z: Array, bias: Array) -> tuple[Array, Array]:
         """As in `XpBackend`, in one pass, with `relu`'s mask."""
@@ -147,8 +189,7 @@ class KernelBackend(NumpyBackend):
             n_models, size = value.shape
             scale = self.empty((n_models,), value.dtype)
             squares = self.empty((n_models * -(-size // _SQUARES),), np.float64)
-        limits = l1, l2, clip_value, clip_norm
-        if _cpu.condition(update, groups.stretches, *limits, scale, squares):
+        if _cpu.condition(update, l1, l2, clip_value, clip_norm, scale, squares):
             if scale is None:
                 return update
             return Update(value, grad, slots, groups, state, loss, scale, decay, shrink)
@@ -159,16 +200,13 @@ class KernelBackend(NumpyBackend):
             super().sgd(update, momentum=momentum, nesterov=nesterov)
 
     def adam(self, update: Update, *, beta1: float, beta2: float, eps: float) -> None:  # noqa: D102
-        t = update.state.number + 1
-        settings = beta1, beta2, eps, 1 - beta1**t, (1 - beta2**t) ** 0.5
-        if not self._applied(_cpu.adam, update, settings):
+        if not self._applied(_cpu.adam, update, (beta1, beta2, eps)):
             super().adam(update, beta1=beta1, beta2=beta2, eps=eps)
 
     def adagrad(  # noqa: D102
         self, update: Update, *, lr_decay: float, initial: float, eps: float
     ) -> None:
-        slower = 1 + update.state.number * lr_decay
-        if not self._applied(_cpu.adagrad, update, (initial, eps, slower)):
+        if not self._applied(_cpu.adagrad, update, (initial, eps, lr_decay)):
             super().adagrad(update, lr_decay=lr_decay, initial=initial, eps=eps)
 
     def rmsprop(  # noqa: D102
@@ -183,11 +221,9 @@ class KernelBackend(NumpyBackend):
 
     def _applied(self, kernel: Any, update: Update, settings: tuple[float, ...]) -> bool:
         """Whether a rule's kernel has updated the vector; if so, the step's loss is in the log."""
-        state = update.state
-        stretches, rates, position = update.groups.stretches, state.rates, state.position
-        done: bool = kernel(update, stretches, rates, position, state.log, settings)
+        done: bool = kernel(update, settings)
         if done:
-            state.count()
+            update.state.count()
         return done
 
     def dropout(
@@ -195,7 +231,7 @@ class KernelBackend(NumpyBackend):
     ) -> tuple[Array, Array]:
         """As in `XpBackend`, bit for bit, in one pass."""
         y, mask = self.empty(x.shape, x.dtype), self.empty(x.shape, _BOOL)
-        if _cpu.dropout(x, y, mask, p, seed, stream, use, state.number):
+        if _cpu.dropout(x, y, mask, p, seed, stream, use, state):
             return y, mask
         return super().dropout(x, p, seed=seed, stream=stream, use=use, state=state)
 
@@ -292,7 +328,7 @@ class KernelBackend(NumpyBackend):
     ) -> list[Array]:
         """As in `XpBackend`, all sources in one call."""
         batch = [self.empty((n, *a.shape[1:]), a.dtype) for a in sources]
-        if _cpu.gather_rows(sources, state.order, state.position * batch_size, batch):
+        if _cpu.gather_rows(sources, state, batch_size, batch):
             return batch
         return super().gather_rows(sources, state, batch_size, n)
 
@@ -346,6 +382,21 @@ class KernelBackend(NumpyBackend):
             super().count_correct(scores, labels, total, k=k, ignore_index=ignore_index)
 
 
+class _CpuGraph:
+    """The kernels that a step called, with their arguments, to be called again."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self._calls = calls
+        self._done = True
+
+    def launch(self) -> None:
+        """Do it; for the first time the capture has."""
+        if self._done:
+            self._done = False
+        elif not _cpu.replay(self._calls):
+            raise RuntimeError("a kernel declined, in a replayed step, what it took before")
+
+
 def all_finite(a: np.ndarray) -> bool:
     """Whether no element of an array that isn't empty is NaN or infinite."""
     if _cpu is not None:
@@ -363,6 +414,14 @@ def _load() -> Any:
     try:
         _cpu: Any = importlib.import_module("nnx.backends._cpu")
     except ImportError:
+        return None
+    if getattr(_cpu, "interface", int)() != INTERFACE:
+        warnings.warn(
+            f"nnx: the C kernels in {_cpu.__file__} were built from other sources, so NumPy does "
+            "their work; install nnx again, in a checkout by pip install -e .",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     for a in (np.zeros((3, 2), np.float32)[1:], np.zeros((2, 3))[:, ::-1], np.zeros(2, np.int64)):
         address, shape, strides, flags, _, kind = _cpu.layout(a) or (0, (), (), 0, 0, 0)

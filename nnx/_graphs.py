@@ -1,17 +1,18 @@
-"""Training steps replayed from CUDA graphs: one launch instead of a dozen.
+"""Training steps replayed from graphs: one launch for a dozen, on the host one call for a hundred.
 
 A graph repeats the device's work with the addresses and numbers that it was captured with. So a
 step may be replayed only while everything it reads and writes lies where it lay, and what changes
-from step to step (step number, learning rate, batch position) must be read from device memory.
+from step to step (step number, learning rate, batch position) must be read from device memory, on
+the host from the `StepState`. On the host a graph is the list of the C kernels' calls.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from nnx.backends import Array, StepState
+from nnx.backends import StepState
 from nnx.backends.arena import Arena
 from nnx.backends.base import CaptureError, Graph
 
@@ -26,16 +27,27 @@ class StepGraphs:
 
     A kind of step is told by a key: everything that its graph would freeze. A step that can't be
     captured runs as it is from then on, after one warning.
+
+    Args:
+        parts: What every step is made of.
     """
 
     LIMIT = 16
     """Graphs kept; the oldest goes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[object]) -> None:
+        self._parts = parts
         self._captured: dict[Hashable, _Captured | None] = {}
         self._refused = False
 
-    def run(self, key: Hashable, work: Callable[[], Any], state: StepState, arena: Arena) -> None:
+    def run(
+        self,
+        key: Hashable,
+        work: Callable[[], Any],
+        state: StepState,
+        arena: Arena,
+        metrics: Sequence[object] = (),
+    ) -> None:
         """Do a step.
 
         Args:
@@ -43,6 +55,7 @@ class StepGraphs:
             work: The step.
             state: Counts it.
             arena: Where its arrays are.
+            metrics: What it measures.
         """
         if self._refused or key not in self._captured:
             while len(self._captured) >= self.LIMIT:
@@ -56,7 +69,7 @@ class StepGraphs:
             state.count()
             return
         try:
-            graph = state.backend.capture(work, state)
+            graph = state.backend.capture(work, state, [*self._parts, *metrics])
         except CaptureError as error:
             self._refused = True
             self._captured.clear()
@@ -66,12 +79,8 @@ class StepGraphs:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            work()
+            if not error.done:
+                work()
             return
         self._captured[key] = _Captured(graph, arena.generation)
         graph.launch()
-
-
-def places(arrays: Iterable[Array | None]) -> Hashable:
-    """Where arrays on a device are, and what they are: part of a key."""
-    return tuple(None if a is None else (int(a.data.ptr), a.shape, a.dtype.char) for a in arrays)

@@ -196,7 +196,9 @@ class Settings:
         "numpy, cupy, cupy:N (N is the device) or auto (default: NNX_BACKEND, else numpy)",
         metavar="NAME",
     )
-    graph: bool = _flag("training", False, "on a GPU, replay each step from a CUDA graph", bool)
+    graph: bool = _flag(
+        "training", False, "replay each step: a CUDA graph, or C kernels alone", bool
+    )
     out: str = _flag("output", "runs", "folder of the runs", metavar="DIR")
     name: str | None = _flag(
         "output", None, "folder of this run in it (default: the data's name and the next number)"
@@ -1159,7 +1161,7 @@ def _state(kernels: dict[str, Any]) -> str:
     if kernels["switched_off"]:
         return "off (by NNX_DISABLE_CPU_KERNELS)"
     if kernels["built"]:
-        return "built, but can't be used with this Python and NumPy"
+        return "built, but not from these sources or for this Python and NumPy"
     return "not built"
 
 
@@ -1258,7 +1260,7 @@ run.toml holds what the flags can say; flags win over it. Paths are relative to 
   nnx check --backend cupy:1 --json report.json""",
     "bench": """
   nnx bench                                     training steps and what they are made of, on NumPy
-  nnx bench --backend cupy                      on a GPU; each step eager and as a CUDA graph
+  nnx bench --backend cupy                      on a GPU
   nnx bench --only steps,kernels --dtype float64
   nnx bench --seconds 5 --json bench.json       longer, with a file of every figure
   nnx bench --against torch,jax                 beside other libraries, on the CPU

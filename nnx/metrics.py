@@ -55,6 +55,7 @@ class _Share(Metric):
         backend = backend_of(total, prediction, target)
         rows, n_models = _per_model(total, self.ignore_index)
         scores, labels = _rows(backend, prediction, target, n_models)
+        labels = labels[0] if len(labels) == 1 else labels  # the same for all models
         backend.count_correct(scores, labels, rows, k=self.k, ignore_index=self.ignore_index)
 
     def result(self, total: np.ndarray, n: int) -> Any:

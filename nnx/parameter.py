@@ -144,7 +144,7 @@ class ParameterVector:
         """Zero the gradients to which no backward pass of this step has contributed."""
         for p in self.parameters:
             if p.fresh:
-                p.grad.fill(0)
+                self.backend.xp.copyto(p.grad, 0)
 
     def begin_step(self) -> None:
         """Make the next contribution to every gradient the first."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnx._graphs import StepGraphs, places
+from nnx._graphs import StepGraphs
 from nnx.backends import Array, Backend, OutOfMemory, StepState, backend_of, resolve
 from nnx.backends.arena import Arena
 from nnx.backends.base import Feeder
@@ -77,12 +77,13 @@ class Trainer:
             dropout masks, on every backend the same.
         backend: `"numpy"`, `"cupy"`, `"cupy:1"`, `"auto"` or a backend. By default the environment
             variable `NNX_BACKEND`, else where the parameters are.
-        graph: Whether to capture the training step into a CUDA graph, once for each kind of step,
-            and replay it: one launch a step, the same bits. It pays where steps are short. A
-            short last batch, and whatever can't be captured, runs as without. The graph repeats
-            what the device did: layers and metrics of your own do nothing on the host in a
-            replayed step, and settings of model, loss and optimizer but the learning rate are
-            those of the capture until the next `fit`. On NumPy it changes nothing.
+        graph: Whether to capture the training step, once for each kind of step, and replay it, for
+            the same bits: on a GPU a CUDA graph, one launch a step; on a CPU the calls of the C
+            kernels, without the Python between them. It pays where steps are short. A short last
+            batch, and whatever can't be captured, runs as without. The graph repeats what the
+            device did: layers and metrics of your own do nothing on the host in a replayed step (on
+            a CPU they aren't captured), and settings of model, loss and optimizer but the learning
+            rate are those of the capture until the next `fit`.
 
     Attributes:
         history: A row per epoch of every `fit`.
@@ -134,7 +135,9 @@ class Trainer:
         self.epoch = 0
         self.graph = graph
         self._arena = Arena(target.xp, target.device)
-        self._graphs = StepGraphs()
+        self._parts = [*model.layers(), loss, optimizer]
+        self._buffers = [(layer, n) for layer in model.layers() for n in layer.buffer_names]
+        self._graphs = StepGraphs(self._parts)
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._totals: dict[Hashable, Array] = {}
         self._lent: Array = None  # the loss log of which `train_step` last returned a view
@@ -188,10 +191,15 @@ class Trainer:
     def _forget(self) -> None:
         """Give back what steps have asked for."""
         self._arena = Arena(self.backend.xp, self.backend.device)
-        self._graphs, self._inputs = StepGraphs(), {}
+        self._graphs, self._inputs = StepGraphs(self._parts), {}
 
     def _run(
-        self, shapes: Hashable, kind: Hashable | None, work: Callable[..., Any], *arguments: Any
+        self,
+        shapes: Hashable,
+        kind: Hashable | None,
+        work: Callable[..., Any],
+        *arguments: Any,
+        metrics: Sequence[Metric] = (),
     ) -> None:
         """Do a step, or replay it.
 
@@ -200,6 +208,7 @@ class Trainer:
             kind: What its graph would freeze; None if it isn't to be captured.
             work: The step.
             arguments: Its arguments.
+            metrics: What it measures.
         """
         arena, steps = self._arena.step(shapes), self._step.state
         number, kept = steps.number, []
@@ -211,7 +220,8 @@ class Trainer:
                     work(*arguments)
                 else:
                     self.vector.begin_step()  # a replayed step doesn't run `_train`
-                    self._graphs.run(kind, functools.partial(work, *arguments), steps, arena)
+                    step = functools.partial(work, *arguments)
+                    self._graphs.run(kind, step, steps, arena, metrics)
         except BaseException:
             if steps.number == number:
                 for a, before in kept:
@@ -221,12 +231,10 @@ class Trainer:
 
     def _places(self, arrays: Iterable[Array]) -> Hashable:
         """Where a captured step would find what it works on."""
-        steps: Any = self._step.state
-        vector, groups = self.vector, self.vector.groups
-        own = (vector.value, vector.grad, groups.ids, groups.table, steps.log, steps.order)
-        uploaded = (steps.counters, steps.device_rates)
-        found = places([*own, *uploaded, *(a for _, a in self.model.buffers()), *arrays])
-        return self.backend.stream(), found
+        vector, groups, backend = self.vector, self.vector.groups, self.backend
+        own = (vector.value, vector.grad, groups.ids, groups.table, *self._step.state.uploaded)
+        buffers = [getattr(layer, name) for layer, name in self._buffers]
+        return backend.stream(), backend.places([*own, *buffers, *arrays])
 
     def _settings(self, metrics: Iterable[Metric]) -> Hashable:
         """What a captured step would freeze besides places."""
@@ -242,7 +250,8 @@ class Trainer:
             backend_of(self.vector.value, *batch)  # or it says what is where
             while len(self._inputs) >= StepGraphs.LIMIT:  # as graphs: the oldest goes first
                 del self._inputs[next(iter(self._inputs))]
-            kept = self._inputs[key] = tuple(self.backend.xp.empty_like(a) for a in batch)
+            kept = tuple(self.backend.xp.empty(a.shape, a.dtype) for a in batch)
+            self._inputs[key] = kept
         for a, mine in zip(batch, kept, strict=True):
             self.backend.xp.copyto(mine, a)
         return kept
@@ -381,9 +390,9 @@ class Trainer:
             batch = None if feeder is None else feeder.send(order[start : start + size])
             whole = kind if size == batch_size else None  # a short last batch isn't worth a graph
             if whole is not None and batch is not None:
-                whole = whole, places(batch)
+                whole = whole, self.backend.places(batch)
             step = data, batch, batch_size, size, totals
-            self._run((size, *data.shape), whole, self._fit_step, *step)
+            self._run((size, *data.shape), whole, self._fit_step, *step, metrics=metrics)
             if bar is not None:
                 bar.update()
             for callback in callbacks:

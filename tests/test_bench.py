@@ -118,7 +118,7 @@ def test_a_step_is_that_of_a_trainer_and_its_products_are_those_of_its_passes(
 
     monkeypatch.setattr(HOST.backend, "gemm", noted)
     monkeypatch.setattr(HOST.backend, "affine", noted_affine)
-    train, products = step.prepare(HOST)
+    train, *_, products = step.prepare(HOST)
     train.call()
     in_step = sorted(asked)
     asked.clear()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,7 @@ STEP = Contest(
     *("steps", "a row", "step", {"sizes": (2, 3, 1), "batch": 4, "optimizer": "Adam"}),
     limits={"torch": Limit(0.5), "jax": Limit(2.0)},
     turns=3,
-    absent=("nnx fit", "products", "torch.compile", "torch products"),
+    absent=("nnx fit", "nnx graph", "products", "torch.compile", "torch products"),
 )
 
 
@@ -151,6 +152,28 @@ def test_a_budget_holds_up_to_its_bound(fake: Fake, team: Team) -> None:
     team.start([STEP])
     found = by_name(team.hold(STEP))
     assert (found["torch"].met, found["jax"].met) == (True, False)
+
+
+def test_a_budget_may_be_for_another_of_nnxs_ways(fake: Fake, team: Team) -> None:
+    fake.answer(with_nnx=[2.0], with_torch=[3.0], with_jax=[1.0])
+    limits = {"torch": Limit(0.5), "jax": Limit(1.0, by="nnx graph")}
+    contest = replace(STEP, limits=limits, absent=STEP.absent[:1] + STEP.absent[2:])
+    team.start([contest])
+    found = by_name(team.hold(contest))
+    jax = found["jax"]
+    assert list(found) == ["nnx", "nnx graph", "torch", "jax"]
+    assert (jax.ratio, jax.counted, jax.met) == (
+        Summary.of([2.0] * 3),
+        Summary.of([2.0] * 3),
+        False,
+    )
+    values = {"nnx": [2.0, 4.0], "nnx graph": [0.5, 1.5], "jax": [1.0, 2.0]}
+    judged = against._result(Result("jax"), values, contest)
+    assert (judged.ratio, judged.counted) == (Summary.of([2.0, 2.0]), Summary.of([0.5, 0.75]))
+    assert judged.met
+    assert against._remark(judged) == "<= 1 x by nnx graph: met, 0.625"
+    lost = against._result(Result("jax"), values | {"nnx graph": [0.5]}, contest)
+    assert (lost.ratio, lost.limit, lost.met) == (judged.ratio, None, None)
 
 
 def test_a_budget_may_be_a_difference(fake: Fake, team: Team) -> None:
@@ -281,11 +304,14 @@ def test_the_rows_are_those_of_the_design() -> None:
     rows = {c.name: c for c in against.contests()}
     names = [c.name for c in against.contests([*against.SECTIONS][:-1])]
     assert len(names) == len(set(names)) == 17
-    assert rows["2-3-1 batch 4, Adam"].limits == {"torch": (0.5, False), "jax": (1.0, False)}
-    assert rows["784-512-512-10 batch 1024, SGD"].limits == {"products": (1.15, False)}
-    assert rows["softmax-NLL 512 x 32768"].limits == {"torch": (0.3, False)}
-    assert rows["Adam, 670k parameters"].limits == {"torch": (0.8, False)}
-    assert rows["import"].limits == {"numpy": (0.1, True)}
+    assert rows["2-3-1 batch 4, Adam"].limits == {
+        "torch": (0.5, False, "nnx"),
+        "jax": (1.0, False, "nnx graph"),
+    }
+    assert rows["784-512-512-10 batch 1024, SGD"].limits == {"products": (1.15, False, "nnx")}
+    assert rows["softmax-NLL 512 x 32768"].limits == {"torch": (0.3, False, "nnx")}
+    assert rows["Adam, 670k parameters"].limits == {"torch": (0.8, False, "nnx")}
+    assert rows["import"].limits == {"numpy": (0.1, True, "nnx")}
     named = {p.name for p in against.PARTICIPANTS}
     assert all({*c.limits, *c.absent} <= named for c in rows.values())
     assert {c.point[0] for c in against.contests(["sweep"]) if c.point} == {"batch size", "width"}
@@ -574,7 +600,7 @@ def test_json_says_what_kind_a_budget_is() -> None:
     json.dumps(wide, allow_nan=False)
     nnx, torch, jax = wide["results"]
     assert nnx["limit"] is None
-    assert torch["limit"] == {"value": 0.5, "kind": "ratio"}
+    assert torch["limit"] == {"value": 0.5, "kind": "ratio", "by": "nnx"}
     assert torch["ratio"]["median"] == 0.5
     assert jax["problem"] == "ended by SIGKILL"
 

@@ -968,7 +968,7 @@ def test_info_says_why_there_are_no_c_kernels(run: Nnx, monkeypatch: pytest.Monk
         (False, "", "not built"),
         (False, "1", "not built"),
         (True, "1", "off (by NNX_DISABLE_CPU_KERNELS)"),
-        (True, "", "built, but can't be used with this Python and NumPy"),
+        (True, "", "built, but not from these sources or for this Python and NumPy"),
     ):
 
         def found(name: str, package: Any = None, built: bool = built) -> Any:

@@ -117,7 +117,7 @@ def test_arguments_that_do_not_fit_are_declined_untouched(dtype: Any) -> None:
 
     def calls(out: Any) -> list[tuple[Any, list[Any]]]:
         return [
-            (cpu.dropout, [x, out, mask.copy(), 0.5, 1, 2, 3, 4]),
+            (cpu.dropout, [x, out, mask.copy(), 0.5, 1, 2, 3, at(4)]),
             (cpu.dropout_backward, [x, out, mask.copy(), 0.5]),
         ]
 

@@ -1,5 +1,6 @@
 """The C kernel that gathers a batch: rows bit for bit, of any dtype, and none that isn't there."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,15 @@ def test_rows_that_are_not_there_are_never_read(outside: int) -> None:
     order = np.arange(10)
     order[4] = outside
     out = [np.full((3, 1), 7.0), np.full(3, 7)]
-    assert cpu.gather_rows([x, short], order, 2, out) is False
-    assert cpu.gather_rows([short, x], order, 2, out[::-1]) is False
+
+    def from_row(start: int) -> Any:
+        return SimpleNamespace(order=order, _position=start)
+
+    assert cpu.gather_rows([x, short], from_row(2), 1, out) is False
+    assert cpu.gather_rows([short, x], from_row(2), 1, out[::-1]) is False
     assert all((b == 7).all() for b in out)
-    assert cpu.gather_rows([x, short], order, 1, out) is True  # up to it, and from behind it
-    assert cpu.gather_rows([x, short], order, 5, out) is True
+    assert cpu.gather_rows([x, short], from_row(1), 1, out) is True  # up to it, and from behind it
+    assert cpu.gather_rows([x, short], from_row(5), 1, out) is True
     np.testing.assert_array_equal(out[1], [5, 6, 7])
 
 
@@ -96,13 +101,18 @@ def test_arguments_that_do_not_fit_are_declined_untouched() -> None:
     x, t, order = np.zeros((9, 4), np.float32), np.zeros(9, np.int64), np.arange(9)
     objects = np.array([None] * 9, object)
     out = [np.full((3, 4), 7, np.float32), np.full(3, 7)]
-    good = ([x, t], order, 0, out)
+    good = ([x, t], SimpleNamespace(order=order, _position=0), 3, out)
     wrong: list[tuple[int, Any]] = [
         *((0, w) for w in ([x], (x, t), [x[::2], t], [x, t.astype("i4")], [x, t.astype(">i8")])),
         *((0, w) for w in ([x, np.array(3)], [x[:, :3].copy(), t], [x, None], [x, objects], [])),
         *((0, w) for w in ([x, t.astype("m8[s]")], [x, t.view("u8")], [x.astype("c8"), t])),
-        *((1, w) for w in (None, order.astype("i4"), order[::2], order.reshape(3, 3), [0, 1, 2])),
-        *((2, w) for w in (-1, 7, 9, 2**62)),
+        *(
+            (1, SimpleNamespace(order=w, _position=0))
+            for w in (None, order.astype("i4"), order[::2], order.reshape(3, 3), [0, 1, 2])
+        ),
+        *((1, SimpleNamespace(order=order, _position=w)) for w in (-1, 3, 2**62, 2**64, None, "0")),
+        *((1, w) for w in (None, order, SimpleNamespace(order=order))),
+        *((2, w) for w in (-3, 0)),
         *((3, w) for w in ([out[0]], [out[0], np.full(2, 7)], [out[0][:2], out[1]], None)),
         (3, [np.empty((10, 4), np.float32), np.empty(10, np.int64)]),
     ]

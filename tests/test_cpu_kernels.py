@@ -1,5 +1,7 @@
 """The C kernels against the XpBackend bodies, for every instruction set that runs here."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,3 +160,17 @@ def test_a_product_with_a_vector_is_left_to_numpy(dtype: Any) -> None:
         with numpy_backend.THREADS.of(1 << 40):
             backend.affine(a, b, bias, out, relu=True)
         np.testing.assert_allclose(out, np.maximum(a @ b + bias, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_of_other_sources_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu: Any = numpy_backend.CPU
+    assert cpu.interface() == numpy_backend.INTERFACE
+    monkeypatch.delenv("NNX_DISABLE_CPU_KERNELS", raising=False)
+    assert numpy_backend._load() is cpu
+    for other in (
+        SimpleNamespace(__file__="x.so"),
+        SimpleNamespace(__file__="x.so", interface=int),
+    ):
+        monkeypatch.setitem(sys.modules, "nnx.backends._cpu", other)
+        with pytest.warns(RuntimeWarning, match=r"x\.so were built from other sources"):
+            assert numpy_backend._load() is None

@@ -1,6 +1,7 @@
 """C kernels of the optimizers against the XpBackend bodies: the same bits."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,7 @@ def test_what_no_kernel_takes_is_left_to_numpy(change: Any) -> None:
 def test_kernels_write_nothing_where_an_argument_does_not_fit() -> None:
     cpu: Any = numpy_backend.CPU
     run = Run(get_backend("numpy"), np.dtype(np.float32), (2, 128, 0), "adam")
-    update, state, stretches = run.update(0), run.state, run.groups.stretches
+    update, state = run.update(0), run.state
     m, v = run.arrays()[1:]
     before = [a.copy() for a in (*run.arrays(), update.grad, state.log)]
     changes: list[dict[str, Any]] = [
@@ -276,24 +277,36 @@ def test_kernels_write_nothing_where_an_argument_does_not_fit() -> None:
         {"scale": np.ones(3, np.float32)},
         {"decay": None},
     ]
-    settings = (0.9, 0.999, 1e-8, 0.1, 0.1)
-    wide = Groups([(0, 192, 1.0, 1.0)], REFERENCE).stretches
-    rates, scale, squares = state.rates, np.ones(2, np.float32), np.zeros(2)
+    settings = (0.9, 0.999, 1e-8)
+    stretches = run.groups.stretches
+    for other in (
+        *(Groups([(0, 192, 1.0, 1.0)], REFERENCE).stretches, stretches.astype(np.float32)),
+        *(stretches * np.nan, None),
+    ):
+        changes.append({"groups": SimpleNamespace(stretches=other)})
+    good: dict[str, Any] = {"rates": state.rates, "log": state.log, "_position": 0, "_number": 0}
+    for numbers in (
+        *({"rates": state.rates[:0]}, {"_position": -1}, {"_position": 3}, {"_position": None}),
+        *({"_number": 0.5}, {"rates": state.rates.astype(np.float32)}),
+    ):
+        changes.append({"state": SimpleNamespace(**good | numbers)})
+    changes += [{"state": SimpleNamespace(rates=state.rates)}, {"state": None}, {"groups": None}]
+    scale, squares = np.ones(2, np.float32), np.zeros(2)
     # place of an argument and what it can't be
     wrong: list[tuple[int, Any]] = [(0, update._replace(**change)) for change in changes]
-    wrong += [(0, tuple(update)[:8]), (1, wide), (1, stretches.astype(np.float32))]
-    wrong += [(1, stretches * np.nan), (2, rates[:0]), (3, -1), (3, 3), (3, None)]
-    wrong += [(5, settings[:4]), (5, list(settings)), (5, (None, *settings[1:]))]
+    wrong += [(0, tuple(update)[:8]), (0, None)]
+    wrong += [(1, settings[:2]), (1, list(settings)), (1, (None, *settings[1:]))]
     for i, what in wrong:
-        args = [update, stretches, rates, 0, state.log, settings]
+        args = [update, settings]
         args[i] = what
         assert not cpu.adam(*args), (i, what)
-    wrong = [(1, wide), (2, None), (4, "1"), (6, scale[:1]), (6, scale.astype(np.float64))]
-    wrong += [(6, None), (7, squares[:1]), (7, squares.astype(np.float32)), (7, None)]
+    wide = update._replace(groups=changes[8]["groups"])
+    wrong = [(0, wide), (1, None), (3, "1"), (5, scale[:1]), (5, scale.astype(np.float64))]
+    wrong += [(5, None), (6, squares[:1]), (6, squares.astype(np.float32)), (6, None)]
     for i, what in wrong:
-        args = [update, stretches, 0.1, 0.1, 1.0, 1.0, scale, squares]
-        args[i] = what
-        assert not cpu.condition(*args), (i, what)
+        given: list[Any] = [update, 0.1, 0.1, 1.0, 1.0, scale, squares]
+        given[i] = what
+        assert not cpu.condition(*given), (i, what)
     assert not cpu.adam(update)
     assert not cpu.condition(update)
     for a, b in zip((*run.arrays(), update.grad, state.log), before, strict=True):

@@ -14,7 +14,7 @@ import threadpoolctl
 
 import nnx
 from nnx.backends.numpy_backend import CPU, THREADS
-from nnx.backends.threads import SMALL, Threads
+from nnx.backends.threads import SMALL, TINY, Threads
 
 needs_openblas = pytest.mark.skipif(not THREADS.blas, reason="this NumPy has another BLAS")
 
@@ -80,7 +80,7 @@ def test_the_trainer_sets_them_and_puts_them_back(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(THREADS, "_get", lambda: n[-1])
     monkeypatch.setattr(THREADS, "_set", n.append)
     monkeypatch.setattr(THREADS, "_most", 1 << 30)
-    small, x, t = _trainer(4)
+    small, x, t = _trainer(8)
     calls: list[Callable[[], Any]] = [
         lambda: small.fit(x, t, epochs=1),
         lambda: small.train_step(x, t),
@@ -98,6 +98,11 @@ def test_the_trainer_sets_them_and_puts_them_back(monkeypatch: pytest.MonkeyPatc
     del n[1:]
     wide.train_step(x, t)
     assert n == ([3, 1, 3] if THREADS._cuts else [3])
+    tiny, x, t = _trainer(1)  # of which nothing would take a second thread
+    assert tiny.vector.value.size * 16 <= TINY
+    del n[1:]
+    tiny.train_step(x[:16], t[:16])
+    assert n == [3]
 
 
 @needs_openblas

@@ -73,9 +73,12 @@ static PyObject *py_dropout(ARGUMENTS) {
     DropoutArgs a = {0};
     const Array *x;
     uint64_t key[2];
+    int64_t step;
     if (n_args != 8 || !arguments(args, WRITE, &a, &x) || !word_of(args[4], &key[0]) ||
-        !word_of(args[5], &key[1]) || !word_of(args[6], &a.use) || !word_of(args[7], &a.step))
+        !word_of(args[5], &key[1]) || !word_of(args[6], &a.use) ||
+        !integer_of(args[7], NAME_NUMBER, &step) || step < 0)
         NOT_MINE;
+    a.step = (uint64_t)step;
     for (int round = 0; round < 10; round++) {
         a.key[round][0] = key[0] + (uint64_t)round * 0x9E3779B97F4A7C15u; /* the golden ratio */
         a.key[round][1] = key[1] + (uint64_t)round * 0xBB67AE8584CAA73Bu; /* sqrt(3) - 1 */

@@ -74,6 +74,25 @@ int number_of(PyObject *object, double *number) {
     return 1;
 }
 
+static PyObject *names[NAMES];
+
+PyObject *attribute_of(PyObject *object, int name) {
+    PyObject *found = PyObject_GetAttr(object, names[name]);
+    if (!found)
+        PyErr_Clear();
+    return found;
+}
+
+int integer_of(PyObject *object, int name, int64_t *integer) {
+    PyObject *found = attribute_of(object, name);
+    *integer = found ? PyLong_AsLongLong(found) : 0;
+    Py_XDECREF(found);
+    if (!PyErr_Occurred())
+        return found != NULL;
+    PyErr_Clear();
+    return 0;
+}
+
 static PyObject *py_layout(ARGUMENTS) {
     if (n_args != 1 || Py_TYPE(args[0]) != ndarray)
         Py_RETURN_NONE;
@@ -181,10 +200,85 @@ static PyObject *py_use(ARGUMENTS) {
     DONE;
 }
 
+static PyObject *py_interface(ARGUMENTS) {
+    (void)args, (void)n_args;
+    return PyLong_FromLong(INTERFACE);
+}
+
 static PyObject *py_info(ARGUMENTS) {
     (void)args, (void)n_args;
     return Py_BuildValue("{s:s,s:O,s:i}", "instructions", kernels->name, "openmp",
                          has_openmp ? Py_True : Py_False, "threads", max_threads);
+}
+
+/* ---- the calls of a step, to be made again ----------------------------------------------------- */
+
+#ifdef _MSC_VER
+static __declspec(thread) PyObject *recorded;
+#else
+static _Thread_local PyObject *recorded; /* the list that this thread's calls are added to, or NULL */
+#endif
+
+typedef PyObject *Function(PyObject *, PyObject *const *, Py_ssize_t);
+enum { MOST_ARGUMENTS = 16 };
+
+static Function *function_of(PyObject *capsule) {
+    const PyMethodDef *method = PyCapsule_GetPointer(capsule, NULL);
+    return method ? (Function *)(void (*)(void))method->ml_meth : NULL;
+}
+
+/* Adds a call: its function, in a capsule, and its arguments, which stay alive with it. */
+static int add(PyObject *capsule, PyObject *const *args, Py_ssize_t n_args) {
+    PyObject *call = PyTuple_New(n_args + 1);
+    if (!call)
+        return -1;
+    PyTuple_SetItem(call, 0, Py_NewRef(capsule));
+    for (Py_ssize_t i = 0; i < n_args; i++)
+        PyTuple_SetItem(call, i + 1, Py_NewRef(args[i]));
+    const int error = PyList_Append(recorded, call);
+    Py_DECREF(call);
+    return error;
+}
+
+/* What Python calls for every kernel. */
+static PyObject *call(PyObject *capsule, PyObject *const *args, Py_ssize_t n_args) {
+    Function *function = function_of(capsule);
+    PyObject *result = function ? function(NULL, args, n_args) : NULL;
+    if (recorded && result == Py_True && add(capsule, args, n_args) < 0)
+        Py_CLEAR(result);
+    return result;
+}
+
+static PyObject *py_record(ARGUMENTS) {
+    if (n_args != 1 || (args[0] != Py_None && !PyList_Check(args[0])))
+        return PyErr_Format(PyExc_TypeError, "record(calls): a list, or None");
+    Py_XDECREF(recorded);
+    recorded = args[0] == Py_None ? NULL : Py_NewRef(args[0]);
+    DONE;
+}
+
+static PyObject *py_recording(ARGUMENTS) {
+    (void)args, (void)n_args;
+    return Py_NewRef(recorded ? recorded : Py_None);
+}
+
+static PyObject *py_replay(ARGUMENTS) {
+    if (n_args != 1 || !PyList_Check(args[0]))
+        return PyErr_Format(PyExc_TypeError, "replay(calls): a list");
+    for (Py_ssize_t i = 0; i < PyList_Size(args[0]); i++) {
+        PyObject *given[MOST_ARGUMENTS], *entry = PyList_GetItem(args[0], i);
+        const Py_ssize_t n = PyTuple_Size(entry) - 1;
+        Function *function = n >= 0 ? function_of(PyTuple_GetItem(entry, 0)) : NULL;
+        if (!function || n > MOST_ARGUMENTS)
+            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "replay(calls): what was recorded");
+        for (Py_ssize_t j = 0; j < n; j++)
+            given[j] = PyTuple_GetItem(entry, j + 1);
+        PyObject *result = function(NULL, given, n);
+        Py_XDECREF(result);
+        if (result != Py_True)
+            return result ? Py_NewRef(Py_False) : NULL;
+    }
+    DONE;
 }
 
 /* ---- the module ------------------------------------------------------------------------------- */
@@ -193,9 +287,32 @@ static PyMethodDef methods[] = {
     METHOD(layout, "layout(array): address, shape, strides, flags, type number, dtype as seen"),
     METHOD(set_num_threads, "set_num_threads(n): the most threads a kernel may use"),
     METHOD(use, "use(instructions): whether these kernels run here; from now on they do"),
+    METHOD(interface, "interface(): number of what Python finds here"),
     METHOD(info, "info(): instruction set, OpenMP, threads"),
+    METHOD(record, "record(calls): from now on this thread's kernels are added to the list; or None"),
+    METHOD(recording, "recording(): the list, or None"),
+    METHOD(replay, "replay(calls): call what was recorded again; False where one declines"),
     {NULL, NULL, 0, NULL},
 };
+
+/* Adds a function of the module that calls the kernel by way of `call`. */
+static int add_kernel(PyObject *module, PyMethodDef *kernel) {
+    static PyMethodDef doors[64]; /* as long as the process: functions point to them */
+    static size_t n_doors;
+    if (n_doors == sizeof doors / sizeof *doors) {
+        PyErr_SetString(PyExc_SystemError, "nnx.backends._cpu: too many kernels");
+        return -1;
+    }
+    PyMethodDef *door = &doors[n_doors++];
+    *door = *kernel;
+    door->ml_meth = (PyCFunction)(void (*)(void))call;
+    PyObject *capsule = PyCapsule_New(kernel, NULL, NULL);
+    PyObject *function = capsule ? PyCFunction_NewEx(door, capsule, NULL) : NULL;
+    Py_XDECREF(capsule);
+    const int error = function ? PyModule_AddObjectRef(module, kernel->ml_name, function) : -1;
+    Py_XDECREF(function);
+    return error;
+}
 
 static int execute(PyObject *module) {
     PyObject *numpy = PyImport_ImportModule("numpy");
@@ -205,6 +322,13 @@ static int execute(PyObject *module) {
     Py_DECREF(numpy);
     if (!ndarray)
         return -1;
+    static const char *const spelled[NAMES] = {
+        [NAME_NUMBER] = "_number", [NAME_POSITION] = "_position", [NAME_ORDER] = "order",
+        [NAME_RATES] = "rates",    [NAME_LOG] = "log",            [NAME_STRETCHES] = "stretches",
+    };
+    for (int i = 0; i < NAMES; i++)
+        if (!(names[i] = PyUnicode_InternFromString(spelled[i])))
+            return -1;
     for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
         if ((kernels = supported(instruction_sets[i])))
             break;
@@ -220,8 +344,9 @@ static int execute(PyObject *module) {
         sums_methods,
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
-        if (PyModule_AddFunctions(module, files[i]) < 0)
-            return -1;
+        for (PyMethodDef *kernel = files[i]; kernel->ml_name; kernel++)
+            if (add_kernel(module, kernel) < 0)
+                return -1;
     return 0;
 }
 

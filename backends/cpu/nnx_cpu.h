@@ -54,6 +54,16 @@ int same_shape(const Array *a, const Array *b);
 static inline int is_floating(const Array *a) { return dtype_of(a) == F32 || dtype_of(a) == F64; }
 /* Reads a Python number; 0 and no error if it isn't one. */
 int number_of(PyObject *object, double *number);
+/* Attributes that kernels ask for, by their names in Python. */
+enum { NAME_NUMBER, NAME_POSITION, NAME_ORDER, NAME_RATES, NAME_LOG, NAME_STRETCHES, NAMES };
+/* An attribute, a new reference, or NULL and no error. */
+PyObject *attribute_of(PyObject *object, int name);
+/* The same of one that is an integer; 0 if there is none. A call that is to be done again in another
+ * step is given the step's `StepState`, which it asks for the step's numbers. */
+int integer_of(PyObject *object, int name, int64_t *integer);
+
+/* To be raised with every change of what Python finds here; INTERFACE of numpy_backend.py. */
+enum { INTERFACE = 2 };
 
 #define DONE Py_RETURN_TRUE
 #define NOT_MINE Py_RETURN_FALSE

@@ -186,7 +186,10 @@ class Linear(Layer):
         dx = backend.empty((*dz.shape[:-1], self.n_in), dz.dtype)
         backend.gemm(dz, weight.value.swapaxes(-1, -2), dx)
         if self.n_models is not None:
-            return dx if x.ndim == 3 else dx.sum(axis=0)  # one input fed all models
+            if x.ndim == 3:
+                return dx
+            shared = backend.empty(dx.shape[1:], dx.dtype)
+            return backend.xp.sum(dx, axis=0, out=shared)  # one input fed all models
         return dx.reshape(*shape[:-1], self.n_in)
 
 

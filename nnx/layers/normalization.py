@@ -107,10 +107,10 @@ class _Normalization(Layer):
     def _rows(self, x: Array) -> Array:
         """The input as `(N, C)`, or `(K, N, C)` with K models."""
         check_input(type(self).__name__, x, self.n_features, self.dtype, self.n_models)
-        xp = backend_of(x, x if self.weight is None else self.weight.value).xp
+        backend = backend_of(x, x if self.weight is None else self.weight.value)
         if self.n_models is None:
             return x if x.ndim == 2 else x.reshape(-1, self.n_features)
-        return x if x.ndim == 3 else xp.broadcast_to(x, (self.n_models, *x.shape))
+        return x if x.ndim == 3 else backend.xp.broadcast_to(x, (self.n_models, *x.shape))
 
 
 class BatchNorm(_Normalization):

@@ -30,15 +30,22 @@ def wait(result: Any) -> None:
     """Nothing: a call returns when it is done."""
 
 
-def _trainer(sizes: list[int], optimizer: nnx.Optimizer) -> nnx.Trainer:
-    if sizes[-1] == 1:
-        return nnx.Trainer(nnx.mlp(sizes, activation="tanh"), nnx.MeanSquaredError(), optimizer)
-    return nnx.Trainer(nnx.mlp(sizes), nnx.SoftmaxNLL(), optimizer)
+def _trainer(sizes: list[int], optimizer: nnx.Optimizer, graph: bool = False) -> nnx.Trainer:
+    gate = sizes[-1] == 1
+    model = nnx.mlp(sizes, activation="tanh" if gate else "relu")
+    loss = nnx.MeanSquaredError() if gate else nnx.SoftmaxNLL()
+    return nnx.Trainer(model, loss, optimizer, graph=graph)
 
 
 def step(sizes: list[int], x: Any, t: Any, optimizer: str, lr: float) -> Call:
     """A step on one batch."""
     trainer = _trainer(sizes, OPTIMIZERS[optimizer](lr))
+    return lambda: trainer.train_step(x, t)
+
+
+def graph_step(sizes: list[int], x: Any, t: Any, optimizer: str, lr: float) -> Call:
+    """The same, replayed."""
+    trainer = _trainer(sizes, OPTIMIZERS[optimizer](lr), graph=True)
     return lambda: trainer.train_step(x, t)
 
 

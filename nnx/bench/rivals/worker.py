@@ -167,6 +167,7 @@ VALUES: dict[str, Callable[..., float]] = {
 }
 ARGUMENTS: dict[str, Callable[..., Arrays]] = {
     "step": _step,
+    "graph_step": _step,
     "fit": _step,
     "predict": _predict,
     "products": _products,
