@@ -224,6 +224,8 @@ class Backend(Protocol):
     def bias_relu_backward(
         self, dy: Array, mask: Array, dbias: Array, *, accumulate: bool = False
     ) -> Array: ...
+    def softmax(self, x: Array, *, log: bool = False) -> Array: ...
+    def softmax_backward(self, dy: Array, y: Array, *, log: bool = False) -> Array: ...
     def softmax_nll(
         self,
         logits: Array,
@@ -713,6 +715,35 @@ class XpBackend:
         return dz
 
     # ---- losses and metrics --------------------------------------------------------------------
+
+    def softmax(self, x: Array, *, log: bool = False) -> Array:
+        """`y = exp(x) / sum(exp(x))` over the last axis, or its logarithm `x - log(sum(exp(x)))`.
+
+        The row's maximum is subtracted first, which changes nothing but keeps exp finite.
+        """
+        xp = self.xp
+        row, y = self.empty((*x.shape[:-1], 1), x.dtype), self.empty(x.shape, x.dtype)
+        powers = self.empty(x.shape, x.dtype) if log else y
+        xp.max(x, axis=-1, keepdims=True, out=row)
+        xp.subtract(x, row, out=y)
+        xp.exp(y, out=powers)
+        xp.sum(powers, axis=-1, keepdims=True, out=row)
+        if log:
+            return xp.subtract(y, xp.log(row, out=row), out=y)
+        return xp.divide(y, row, out=y)
+
+    def softmax_backward(self, dy: Array, y: Array, *, log: bool = False) -> Array:
+        """`y * (dy - sum(dy * y))`, or of the logarithm `dy - exp(y) * sum(dy)`."""
+        xp = self.xp
+        row, dx = self.empty((*dy.shape[:-1], 1), dy.dtype), self.empty(dy.shape, dy.dtype)
+        if log:
+            xp.sum(dy, axis=-1, keepdims=True, out=row)
+            xp.multiply(xp.exp(y, out=dx), row, out=dx)
+            return xp.subtract(dy, dx, out=dx)
+        xp.multiply(dy, y, out=dx)
+        xp.sum(dx, axis=-1, keepdims=True, out=row)
+        xp.subtract(dy, row, out=dx)
+        return xp.multiply(dx, y, out=dx)
 
     def softmax_nll(
         self,

@@ -25,7 +25,7 @@ from nnx.backends.threads import TINY, Threads
 
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
-INTERFACE = 2
+INTERFACE = 3
 """That of the extension; one built from older sources has another."""
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BOOL, _INT64 = np.dtype(bool), np.dtype(np.int64)
@@ -331,6 +331,18 @@ class KernelBackend(NumpyBackend):
         if _cpu.gather_rows(sources, state, batch_size, batch):
             return batch
         return super().gather_rows(sources, state, batch_size, n)
+
+    def softmax(self, x: Array, *, log: bool = False) -> Array:
+        """As in `XpBackend`, row by row in the cache."""
+        y = self.empty(x.shape, x.dtype)
+        return y if _cpu.softmax(x, y, log) else super().softmax(x, log=log)
+
+    def softmax_backward(self, dy: Array, y: Array, *, log: bool = False) -> Array:
+        """As in `XpBackend`, row by row in the cache."""
+        dx = self.empty(dy.shape, dy.dtype)
+        if _cpu.softmax_backward(dy, y, dx, log):
+            return dx
+        return super().softmax_backward(dy, y, log=log)
 
     def softmax_nll(
         self,

@@ -794,20 +794,14 @@ class SoftmaxMSE(_OfClasses):
         backend, z, y, weight = self._wide(prediction, target, weight)
         xp, shape, dtype = backend.xp, z.shape, z.dtype
         mean = _Mean(backend, shape[:-1], dtype, weight, normalizer, shape[-1])
-        row = backend.empty((*shape[:-1], 1), dtype)
-        s, gap = backend.empty(shape, dtype), backend.empty(shape, dtype)
-        xp.subtract(z, xp.max(z, axis=-1, keepdims=True, out=row), out=s)
-        xp.exp(s, out=s)
-        xp.divide(s, xp.sum(s, axis=-1, keepdims=True, out=row), out=s)
+        s, gap = backend.softmax(z), backend.empty(shape, dtype)
         xp.subtract(s, y, out=gap)
         each = xp.multiply(gap, gap, out=backend.empty(shape, dtype))
         loss = mean.value(each)
         if not need_gradient:
             return loss, None
-        xp.multiply(gap, s, out=each)
-        xp.subtract(gap, xp.sum(each, axis=-1, keepdims=True, out=row), out=gap)
-        slope = backend.elementwise("2 * s * d", each, s=s, d=gap)
-        return loss, mean.gradient(slope, grad_scale).reshape(prediction.shape)
+        slope = backend.softmax_backward(gap, s)
+        return loss, mean.gradient(slope, grad_scale, 2.0).reshape(prediction.shape)
 
 
 def _weights(who: str, name: str, values: Any, ndims: tuple[int, ...]) -> np.ndarray | None:

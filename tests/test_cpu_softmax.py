@@ -321,3 +321,106 @@ def test_right_answers(
             kernels.count_correct(scores, labels, total, k=k, ignore_index=0)
             sums = [(right & counts).sum(axis=-1), counts.sum(axis=-1)]
             np.testing.assert_array_equal(total, 100 + np.array(sums))
+
+
+def rowwise(x: np.ndarray, dy: np.ndarray, log: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax or its logarithm and the gradient, row by row in float64 by the Jacobian."""
+    y, dx = np.empty(x.shape), np.empty(x.shape)
+    for i in np.ndindex(x.shape[:-1]):
+        row = x[i].astype(np.float64)
+        most = max(row)
+        total = math.fsum(math.exp(v - most) for v in row)
+        y[i] = [v - most - math.log(total) if log else math.exp(v - most) / total for v in row]
+        p = np.exp(y[i]) if log else y[i]
+        jacobian = np.eye(len(row)) - p if log else np.diag(p) - np.outer(p, p)
+        dx[i] = dy[i].astype(np.float64) @ jacobian
+    return y, dx
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log-softmax"])
+@pytest.mark.parametrize(
+    "shape", [(1,), (3,), (5, 1), (7, 10), (2, 3, 31), (4, 32), (3, 33), (2, 1025), (2, 2100)]
+)
+def test_softmax_alone(
+    kernels: Any, shape: tuple[int, ...], log: bool, dtype: Any, rng: np.random.Generator
+) -> None:
+    x, dy = (5 * rng.standard_normal(shape)).astype(dtype), rng.standard_normal(shape).astype(dtype)
+    given = x.copy(), dy.copy()
+    y = kernels.softmax(x, log=log)
+    dx = kernels.softmax_backward(dy, y, log=log)
+    expected, slope = rowwise(x, dy, log)
+    rtol, atol = TOLERANCE[np.dtype(dtype)]
+    for found, right in ((y, expected), (dx, slope)):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(
+            found, right, rtol=2 * rtol, atol=atol * max(1, abs(right).max())
+        )
+    for a, b in zip((x, dy), given, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log-softmax"])
+@pytest.mark.parametrize("n", [4, 40])
+def test_softmax_of_special_rows(kernels: Any, n: int, log: bool, dtype: Any) -> None:
+    """Huge scores, NaN, infinities, and what is next to nothing: as in the definition."""
+    big = float(np.finfo(dtype).max)
+    least = -100.0 if dtype == np.float32 else -730.0  # its exp is subnormal, not 0
+    x = np.zeros((8, n), dtype)
+    x[:, :3] = [
+        *([big, -big, 0], [big, big, big], [-big, -big, -big], [np.nan, 0, 1]),
+        *([0, np.inf, 1], [-np.inf, 0, 1], [least, 0, 0], [0, 1, np.nan]),
+    ]
+    x = np.vstack([x, np.full((1, n), -np.inf, dtype), x[3:4, ::-1]])
+    with np.errstate(all="ignore"):
+        expected = REFERENCE.softmax(x, log=log)
+    found = kernels.softmax(x, log=log)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=0)
+    assert np.isnan(found[[3, 4, 7, 8, 9]]).all()
+    assert log or found[6, 0] > 0
+    assert not np.isnan(found[[0, 1, 2, 5, 6]]).any()
+
+
+def test_softmax_of_nothing_and_of_other_layouts(dtype: Any, rng: np.random.Generator) -> None:
+    backend = get_backend("numpy")
+    for shape in ((0, 3), (2, 0, 5)):
+        empty = np.empty(shape, dtype)
+        assert backend.softmax(empty).shape == backend.softmax_backward(empty, empty).shape == shape
+    x = rng.standard_normal((6, 8)).astype(dtype)
+    for z in (x[:, ::2], np.asfortranarray(x)):
+        y = backend.softmax(z)
+        near([y], [REFERENCE.softmax(wide(z))], dtype)
+        near(
+            [backend.softmax_backward(z, y)], [REFERENCE.softmax_backward(wide(z), wide(y))], dtype
+        )
+
+
+def test_softmax_on_threads(kernels: Any, dtype: Any, rng: np.random.Generator) -> None:
+    cpu: Any = numpy_backend.CPU
+    x, dy = rng.standard_normal((2, 700, 100)).astype(dtype)
+    found, threads = [], cpu.info()["threads"]
+    try:
+        for n in (1, 2):
+            cpu.set_num_threads(n)
+            y = kernels.softmax(x)
+            found.append([y, kernels.softmax_backward(dy, y), kernels.softmax(x, log=True)])
+    finally:
+        cpu.set_num_threads(threads)
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_softmax_declines_what_does_not_fit(dtype: Any) -> None:
+    cpu: Any = numpy_backend.CPU
+    x, out = np.ones((3, 5), dtype), np.full((3, 5), 7, dtype)
+    other = np.float64 if dtype == np.float32 else np.float32
+    for wrong in (None, 3, x[:, :4].copy(), x.astype(other), x[:, ::2], np.asarray(x[0, 0])):
+        assert not cpu.softmax(wrong, out, False)
+        assert not cpu.softmax_backward(wrong, x, out, False)
+        assert not cpu.softmax_backward(x, wrong, out, False)
+    still = out.copy()
+    still.flags.writeable = False
+    assert not cpu.softmax(x, still, False)
+    assert not cpu.softmax(x)
+    assert not cpu.softmax_backward(x)
+    assert (out == 7).all()

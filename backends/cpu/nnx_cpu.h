@@ -63,7 +63,7 @@ PyObject *attribute_of(PyObject *object, int name);
 int integer_of(PyObject *object, int name, int64_t *integer);
 
 /* To be raised with every change of what Python finds here; INTERFACE of numpy_backend.py. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 #define DONE Py_RETURN_TRUE
 #define NOT_MINE Py_RETURN_FALSE
@@ -94,7 +94,8 @@ int thread_limit(void);
     X(dropout) X(dropout_backward) \
     X(layer_norm) X(layer_norm_backward) X(norm_gradients) X(batch_norm) X(batch_norm_backward) \
     X(elementwise) \
-    X(nll_weights) X(nll_factors) X(softmax_nll) X(softmax_nll_few) X(nll_loss) X(count_correct)
+    X(nll_weights) X(nll_factors) X(softmax_nll) X(softmax_nll_few) X(nll_loss) X(count_correct) \
+    X(softmax) X(softmax_backward)
 
 typedef struct {
     const char *name;

@@ -138,9 +138,36 @@ static PyObject *py_count_correct(ARGUMENTS) {
     DONE;
 }
 
+static PyObject *py_softmax(ARGUMENTS) {
+    const Array *x, *out;
+    if (n_args != 3 || !(x = array_of(args[0], READ)) || !(out = array_of(args[1], WRITE)) ||
+        !is_floating(x) || x->nd < 1 || dtype_of(x) != dtype_of(out) || !same_shape(x, out))
+        NOT_MINE;
+    const SoftmaxArgs a = {
+        .x = x->data, .out = out->data, .n = last(x), .log = args[2] == Py_True};
+    run(kernels->softmax[dtype_of(x)], &a, a.n ? leading(x, 1) : 0, 5 + 1.5 * (double)a.n);
+    DONE;
+}
+
+static PyObject *py_softmax_backward(ARGUMENTS) {
+    const Array *dy, *y, *out;
+    if (n_args != 4 || !(dy = array_of(args[0], READ)) || !(y = array_of(args[1], READ)) ||
+        !(out = array_of(args[2], WRITE)) || !is_floating(dy) || dy->nd < 1 ||
+        dtype_of(dy) != dtype_of(y) || dtype_of(dy) != dtype_of(out) || !same_shape(dy, y) ||
+        !same_shape(dy, out))
+        NOT_MINE;
+    const SoftmaxArgs a = {
+        .x = y->data, .dy = dy->data, .out = out->data, .n = last(dy), .log = args[3] == Py_True};
+    run(kernels->softmax_backward[dtype_of(dy)], &a, leading(dy, 1),
+        5 + (a.log ? 1.5 : 0.5) * (double)a.n);
+    DONE;
+}
+
 PyMethodDef softmax_methods[] = {
     METHOD(softmax_nll, "softmax_nll(logits, target, weight, class_weight, label_smoothing, "
                         "ignore_index, normalizer, grad_scale, loss, gradient, work)"),
+    METHOD(softmax, "softmax(x, out, log)"),
+    METHOD(softmax_backward, "softmax_backward(dy, y, out, log)"),
     METHOD(count_correct, "count_correct(scores, labels, total, k, ignore_index)"),
     {NULL, NULL, 0, NULL},
 };

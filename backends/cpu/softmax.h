@@ -46,6 +46,14 @@ enum {
     FEW = 32,         /* classes up to which rows are taken SOFTMAX_LANES at a time */
 };
 
+/* Softmax alone, or its logarithm. */
+typedef struct {
+    const void *x, *dy; /* x: of the backward pass what the forward pass returned */
+    void *out;
+    int64_t n;
+    int log;
+} SoftmaxArgs;
+
 typedef struct {
     const void *scores;
     const int64_t *labels;

@@ -405,28 +405,11 @@ class Softmax(Layer):
 
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:  # noqa: D102
         check_floating("Softmax", x)
-        backend = backend_of(x)
-        xp = backend.xp
-        row = backend.empty((*x.shape[:-1], 1), x.dtype)
-        y = backend.empty(x.shape, x.dtype)
-        xp.max(x, axis=-1, keepdims=True, out=row)
-        xp.subtract(x, row, out=y)
-        xp.exp(y, out=y)
-        xp.sum(y, axis=-1, keepdims=True, out=row)
-        xp.divide(y, row, out=y)
+        y = backend_of(x).softmax(x)
         return y, y
 
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:  # noqa: D102
-        if not need_dx:
-            return None
-        backend = backend_of(dy, saved)
-        xp, y = backend.xp, saved
-        row = backend.empty((*dy.shape[:-1], 1), dy.dtype)
-        dx = backend.empty(dy.shape, dy.dtype)
-        xp.multiply(dy, y, out=dx)
-        xp.sum(dx, axis=-1, keepdims=True, out=row)
-        xp.subtract(dy, row, out=dx)
-        return xp.multiply(dx, y, out=dx)
+        return backend_of(dy, saved).softmax_backward(dy, saved) if need_dx else None
 
 
 class LogSoftmax(Layer):
@@ -443,25 +426,8 @@ class LogSoftmax(Layer):
 
     def forward(self, x: Array, *, step: Step | None = None) -> tuple[Array, Saved]:  # noqa: D102
         check_floating("LogSoftmax", x)
-        backend = backend_of(x)
-        xp = backend.xp
-        row = backend.empty((*x.shape[:-1], 1), x.dtype)
-        y, powers = (backend.empty(x.shape, x.dtype) for _ in range(2))
-        xp.max(x, axis=-1, keepdims=True, out=row)
-        xp.subtract(x, row, out=y)
-        xp.exp(y, out=powers)
-        xp.sum(powers, axis=-1, keepdims=True, out=row)
-        xp.log(row, out=row)
-        xp.subtract(y, row, out=y)
+        y = backend_of(x).softmax(x, log=True)
         return y, y
 
     def backward(self, dy: Array, saved: Saved, *, need_dx: bool = True) -> Array | None:  # noqa: D102
-        if not need_dx:
-            return None
-        backend = backend_of(dy, saved)
-        xp = backend.xp
-        row = backend.empty((*dy.shape[:-1], 1), dy.dtype)
-        xp.sum(dy, axis=-1, keepdims=True, out=row)
-        dx = xp.exp(saved, out=backend.empty(dy.shape, dy.dtype))
-        xp.multiply(dx, row, out=dx)
-        return xp.subtract(dy, dx, out=dx)
+        return backend_of(dy, saved).softmax_backward(dy, saved, log=True) if need_dx else None
