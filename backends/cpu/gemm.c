@@ -1,6 +1,7 @@
 /* Matrix products, as Python calls them. */
 #include "nnx_cpu.h"
 #include "gemm.h"
+#include "relu.h"
 
 /* A matrix of any two positive strides. */
 static const Array *matrix(PyObject *object, int kind, int64_t *row, int64_t *column) {
@@ -44,20 +45,6 @@ static int layout_of(int64_t rows, int64_t columns, int64_t row, int64_t column,
     return 0;
 }
 
-#define FINISH(T) \
-    for (int64_t i = 0; i < m; i++) { \
-        T *restrict row = (T *)c + i * g->n; \
-        const T *restrict bias = (const T *)g->bias + j0; \
-        if (g->relu) \
-            for (int64_t j = 0; j < n; j++) { \
-                const T sum = row[j] + bias[j]; \
-                row[j] = sum <= 0 ? 0 : sum; \
-            } \
-        else \
-            for (int64_t j = 0; j < n; j++) \
-                row[j] += bias[j]; \
-    }
-
 /* Items: blocks of C, each a product by BLAS, whose bias and ReLU follow while it is in the cache. */
 static void by_blas(const void *args, int64_t begin, int64_t end) {
     const GemmArgs *g = args;
@@ -74,14 +61,22 @@ static void by_blas(const void *args, int64_t begin, int64_t end) {
             double *c = (double *)g->c + at_c;
             dgemm(ROW_MAJOR, how_a, how_b, m, n, g->k, 1, (const double *)g->a + at_a, lda,
                   (const double *)g->b + at_b, ldb, g->accumulate, c, g->n);
-            if (g->bias)
-                FINISH(double)
         } else {
             float *c = (float *)g->c + at_c;
             sgemm(ROW_MAJOR, how_a, how_b, m, n, g->k, 1, (const float *)g->a + at_a, lda,
                   (const float *)g->b + at_b, ldb, (float)g->accumulate, c, g->n);
-            if (g->bias)
-                FINISH(float)
+        }
+        if (g->bias) {
+            const int64_t size = g->is_double ? sizeof(double) : sizeof(float);
+            const BiasArgs of_block = {
+                .z = (char *)g->c + at_c * size,
+                .bias = (const char *)g->bias + j0 * size,
+                .rows = m,
+                .n = n,
+                .row = g->n,
+            };
+            (g->relu ? kernels->bias_relu : kernels->add_bias)[g->is_double ? F64 : F32](
+                &of_block, 0, m);
         }
     }
 }

@@ -31,7 +31,7 @@ static const Array *bias_of(PyObject *object, const Array *z, int access, BiasAr
         (bias->nd == 2 && (z->nd != 3 || bias->shape[0] != z->shape[0])))
         return NULL;
     a->rows = z->shape[z->nd - 2];
-    a->n = last(z);
+    a->n = a->row = last(z);
     return bias;
 }
 

@@ -11,6 +11,7 @@ typedef struct {
     const void *dy, *y, *bias;
     void *z, *dbias;
     int64_t rows, n; /* of each model */
+    int64_t row;     /* elements between two rows of z, where only a bias is added */
     int64_t apart;   /* elements between the biases of two models; 0 if they share one */
     int accumulate;
 } BiasArgs;
