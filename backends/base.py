@@ -189,6 +189,7 @@ class Backend(Protocol):
     name: str
     xp: ModuleType
     graphs: bool
+    graphs_unasked: bool
     device: int | None
 
     def asarray(self, a: Any, dtype: Any = None) -> Array: ...
@@ -469,6 +470,8 @@ class XpBackend:
 
     Attributes:
         graphs: Whether `capture` can work.
+        graphs_unasked: Whether a step that it takes is the same in every respect when replayed, so
+            that nobody need ask for it.
         device: Number of the device; None for the host.
 
     Arrays named `out`, `total`, `dweight`, `dbias`, `z` and `running_...` are written, of an
@@ -477,6 +480,7 @@ class XpBackend:
     """
 
     graphs = False
+    graphs_unasked = False
     device: int | None = None
     piece = 2**16
     """Elements that an optimizer of several elementwise passes takes at a time."""

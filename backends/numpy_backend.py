@@ -23,6 +23,7 @@ from nnx.backends.base import Array, CaptureError, Graph, StepState, Update, XpB
 from nnx.backends.expressions import Program, compiled
 from nnx.backends.threads import TINY, Threads
 
+_OWN = tuple(f"nnx.{name}" for name in ("layers", "losses", "metrics", "optimizers"))
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 INTERFACE = 3
@@ -61,7 +62,7 @@ class NumpyBackend(XpBackend):
 class KernelBackend(NumpyBackend):
     """NumPy on the CPU, with the C kernels."""
 
-    graphs = True
+    graphs = graphs_unasked = True
 
     def __init__(self) -> None:
         self._library, self.name = np, "numpy"
@@ -84,7 +85,7 @@ class KernelBackend(NumpyBackend):
         """As in `XpBackend`: the calls of its kernels, if all that it does is to call kernels."""
         for part in parts:
             kind = type(part)
-            if kind.__module__.partition(".")[0] != "nnx":
+            if not kind.__module__.startswith(_OWN):
                 raise CaptureError(f"{kind.__qualname__} may do on the host what no kernel does")
         calls: list[Any] = []
         _cpu.record(calls)

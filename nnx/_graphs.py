@@ -47,6 +47,8 @@ class StepGraphs:
         state: StepState,
         arena: Arena,
         metrics: Sequence[object] = (),
+        *,
+        asked: bool = True,
     ) -> None:
         """Do a step.
 
@@ -56,6 +58,7 @@ class StepGraphs:
             state: Counts it.
             arena: Where its arrays are.
             metrics: What it measures.
+            asked: Whether somebody wants a graph, and to know why there is none.
         """
         if self._refused or key not in self._captured:
             while len(self._captured) >= self.LIMIT:
@@ -73,12 +76,13 @@ class StepGraphs:
         except CaptureError as error:
             self._refused = True
             self._captured.clear()
-            warnings.warn(
-                f"Trainer: the step can't be captured into a graph: {error}; it runs as it is, "
-                "with the same results; pass graph=False, or change what stands in the way",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if asked:
+                warnings.warn(
+                    f"Trainer: the step can't be captured into a graph: {error}; it runs as it is, "
+                    "with the same results; pass graph=False, or change what stands in the way",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             if not error.done:
                 work()
             return

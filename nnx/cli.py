@@ -406,7 +406,7 @@ class Run:
                 *(model, nnx.SoftmaxNLL(), optimizer),
                 seed=s.seed,
                 backend=backend,
-                graph=s.graph,
+                graph=s.graph or None,
             )
         except MemoryError as error:
             raise ValueError(

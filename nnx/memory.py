@@ -189,7 +189,7 @@ def of_training(
         return twin._data("memory", *(np.resize(a, (n, *a.shape[1:])) for a in data.host))
 
     def step(n: int) -> Callable[[], Any]:
-        batch, totals = sized(n), twin._start(metrics)
+        batch, totals = sized(n), twin._start(metrics, captures=False)
         for p in parameters:
             p.fresh = True
         twin.optimizer.plan(1, np.arange(n))

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ class Trainer:
             batch, and whatever can't be captured, runs as without. The graph repeats what the
             device did: layers and metrics of your own do nothing on the host in a replayed step (on
             a CPU they aren't captured), and settings of model, loss and optimizer but the learning
-            rate are those of the capture until the next `fit`.
+            rate are those of the capture until the next epoch. By default `fit` does it on a CPU,
+            where no callback, debugger or profiler looks on between steps; False keeps it from it.
 
     Attributes:
         history: A row per epoch of every `fit`.
@@ -104,7 +106,7 @@ class Trainer:
         *,
         seed: int = 0,
         backend: str | Backend | None = None,
-        graph: bool = False,
+        graph: bool | None = None,
     ) -> None:
         parameters = [p for _, p in model.parameters()]
         if not parameters:
@@ -166,7 +168,7 @@ class Trainer:
             self._lent = steps.log
             logged = steps.log[steps.position, ...]
             shapes, kind = tuple([(a.shape, a.dtype.char) for a in batch]), None
-            if self._captures:
+            if self._captures():
                 batch = self._copied(shapes, batch)  # a graph reads where it was told to
                 kind = self._places(batch)
             self._run(shapes, kind, self._train, batch)
@@ -176,9 +178,12 @@ class Trainer:
         """The context for work in batches of n samples."""
         return self.backend.activate(self.vector.value.size * n)
 
-    @property
-    def _captures(self) -> bool:
-        return self.graph and self.backend.graphs
+    def _captures(self, alone: bool = False) -> bool:
+        """Whether steps are captured; `alone`: nobody can look on or change anything in between."""
+        if self.graph is not None:
+            return self.graph and self.backend.graphs
+        watched = sys.gettrace() is not None or sys.getprofile() is not None
+        return alone and self.backend.graphs_unasked and not watched
 
     def _begin(self) -> StepState:
         """Make everything ready for a step."""
@@ -221,7 +226,7 @@ class Trainer:
                 else:
                     self.vector.begin_step()  # a replayed step doesn't run `_train`
                     step = functools.partial(work, *arguments)
-                    self._graphs.run(kind, step, steps, arena, metrics)
+                    self._graphs.run(kind, step, steps, arena, metrics, asked=bool(self.graph))
         except BaseException:
             if steps.number == number:
                 for a, before in kept:
@@ -330,11 +335,19 @@ class Trainer:
             held_out = None if validation is None else self._data("fit (validation)", *validation)
             metrics = self._metrics(metrics)
             bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
+            alone = all(type(c).on_step_end is Callback.on_step_end for c in callbacks)
+            settings: Hashable = None
             try:
                 for _ in range(epochs):
+                    if not self._captures(alone):
+                        settings = None
+                    elif settings is None or callbacks:  # which may have changed some
+                        settings = self._settings(metrics)
                     data = data.on(self.backend)  # a callback may have moved the model
                     readings = [
-                        self._fit_epoch(data, n, batch_size, metrics, callbacks, shuffle, bar)
+                        self._fit_epoch(
+                            data, n, batch_size, metrics, callbacks, shuffle, bar, settings
+                        )
                     ]
                     if held_out is not None:
                         held_out = held_out.on(self.backend)
@@ -368,22 +381,25 @@ class Trainer:
         callbacks: Sequence[Callback],
         shuffle: bool,
         bar: Any,
+        settings: Hashable,
     ) -> _Reading:
+        """An epoch; `settings` are what its graphs would freeze besides places, None for none."""
         order = np.arange(data.n)
         if shuffle:
             order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(data.n)
         order = order[:n]
         starts = np.arange(0, n, batch_size)
-        kept = self._captures and self.optimizer.steps.log is not self._lent
+        steps, captures = self.optimizer.steps, settings is not None
+        kept = captures and steps.uploaded and steps.log is not self._lent
         self.optimizer.plan(len(starts), order, fresh_log=not kept)
-        log = self.optimizer.steps.log
-        totals = self._start(metrics)
+        log = steps.log
+        totals = self._start(metrics, captures)
         self._begin()
         feeder = None if data.resident else data.feeder(batch_size)
         kind: Hashable = None
-        if self._captures:
+        if captures:
             there = self._places([*(total for _, total in totals), *data.arrays])
-            kind = self._settings(metrics), batch_size, there
+            kind = settings, batch_size, there
         for start in range(0, n, batch_size):
             size = min(batch_size, n - start)
             self._begin()
@@ -414,12 +430,12 @@ class Trainer:
             batch = self.backend.gather_rows(data.arrays, self._step.state, batch_size, n)
         self._train(batch, totals)
 
-    def _start(self, metrics: Sequence[Metric]) -> list[tuple[Metric, Array]]:
+    def _start(self, metrics: Sequence[Metric], captures: bool) -> list[tuple[Metric, Array]]:
         """The metrics, each with its total at the start; in the same place for every graph."""
         backend, totals = self.backend, []
         for i, metric in enumerate(metrics):
             total = metric.start(backend, self.vector.n_models)
-            if self._captures:
+            if captures:
                 key = (backend.name, i, total.shape, total.dtype.char)
                 kept = self._totals.setdefault(key, total)
                 if kept is not total:

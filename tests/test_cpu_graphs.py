@@ -5,6 +5,7 @@ is trained on batches that differ, beside the same without a graph.
 """
 
 import contextlib
+import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
@@ -383,3 +384,70 @@ def test_a_kernel_that_declines_in_a_replay_is_an_error() -> None:
 def test_what_is_no_graph_is_an_error(name: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises((TypeError, ValueError, SystemError)):
         getattr(numpy_backend.CPU, name)(*arguments)
+
+
+class Nothing(nnx.Callback):
+    """Looks on after epochs alone."""
+
+    def on_epoch_end(self, trainer: nnx.Trainer, record: dict[str, Any]) -> None:
+        for layer in trainer.model.layers():
+            if isinstance(layer, nnx.Dropout):
+                layer.p = 0.1 * trainer.epoch
+
+
+class Watching(Nothing):
+    """Looks on after each step, and may change anything."""
+
+    def on_step_end(self, trainer: nnx.Trainer) -> None:
+        for layer in trainer.model.layers():
+            if isinstance(layer, nnx.Dropout):
+                layer.p = 0.01 * trainer.optimizer.steps.position
+
+
+@pytest.mark.parametrize(
+    ("model", "callback", "captured"),
+    [
+        (classifier, None, 1),
+        (classifier, Nothing, 3),  # one for each of its settings
+        (classifier, Watching, 0),
+        (lambda: nnx.Sequential(classifier(), Doubled()), None, 0),
+    ],
+    ids=["alone", "settings of an epoch", "settings of a step", "a layer of one's own"],
+)
+def test_fit_replays_by_itself_where_nobody_looks_on(
+    model: Any, callback: Any, captured: int
+) -> None:
+    runs = []
+    for graph in (False, None):
+        trainer = nnx.Trainer(model(), nnx.SoftmaxNLL(), nnx.Adam(warmup), graph=graph)
+        with graphs() as found, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            callbacks = [] if callback is None else [callback()]
+            trainer.fit(*data(), epochs=3, batch_size=32, callbacks=callbacks)
+        assert found["captured"] == (captured if graph is None else 0)
+        runs.append(trainer)
+    same(*runs)
+
+
+def test_under_a_debugger_or_profiler_every_line_runs() -> None:
+    for watch, name in ((sys.settrace, "gettrace"), (sys.setprofile, "getprofile")):
+        trainer, before = (
+            nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam()),
+            getattr(sys, name)(),
+        )
+        watch(lambda *event: None)
+        try:
+            with graphs() as found:
+                trainer.fit(*data(), epochs=2, batch_size=32)
+        finally:
+            watch(before)
+        assert found["captured"] == 0
+
+
+def test_single_steps_are_replayed_only_if_asked_for() -> None:
+    x, t = data(32)
+    trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam())
+    with graphs() as found:
+        for _ in range(5):
+            trainer.train_step(x.astype(np.float32), t)
+    assert found["captured"] == 0
