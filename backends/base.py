@@ -40,6 +40,13 @@ class CaptureError(RuntimeError):
         self.done = done
 
 
+def methods(part: object) -> list[Any]:
+    """The functions of a layer, loss, metric or optimizer that a step calls, whoever wrote them."""
+    names = ("forward", "backward", "__call__", "update", "step")
+    found = (getattr(part, name, None) for name in names)
+    return [getattr(f, "__func__", f) for f in found if f is not None]
+
+
 class OutOfMemory(MemoryError):
     """The device has too little memory; the message says for what, and what to change."""
 

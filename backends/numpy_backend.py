@@ -14,12 +14,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from nnx.backends.base import Array, CaptureError, Graph, StepState, Update, XpBackend
+from nnx.backends.base import Array, CaptureError, Graph, StepState, Update, XpBackend, methods
 from nnx.backends.expressions import Program, compiled
 from nnx.backends.threads import TINY, Threads
 
@@ -68,25 +67,22 @@ class KernelBackend(NumpyBackend):
         self._library, self.name = np, "numpy"
 
     @property
-    def xp(self) -> Any:
+    def xp(self) -> Any:  # type: ignore[override]
         """NumPy. A step that is being captured and asks for it does more than call kernels."""
         calls = _cpu.recording()
         if calls is not None:
             calls.append(sys._getframe(1).f_code.co_qualname)
         return np
 
-    @xp.setter
-    def xp(self, xp: ModuleType) -> None:
-        raise AttributeError(f"backend {self.name!r}: its library stays")
-
     def capture(
         self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
     ) -> Graph:
         """As in `XpBackend`: the calls of its kernels, if all that it does is to call kernels."""
         for part in parts:
-            kind = type(part)
-            if not kind.__module__.startswith(_OWN):
-                raise CaptureError(f"{kind.__qualname__} may do on the host what no kernel does")
+            for other in (type(part), *methods(part)):
+                if not str(getattr(other, "__module__", "")).startswith(_OWN):
+                    name = getattr(other, "__qualname__", repr(other))
+                    raise CaptureError(f"{name} may do on the host what no kernel does")
         calls: list[Any] = []
         _cpu.record(calls)
         try:

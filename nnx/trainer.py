@@ -16,7 +16,7 @@ import numpy as np
 from nnx._graphs import StepGraphs
 from nnx.backends import Array, Backend, OutOfMemory, StepState, backend_of, resolve
 from nnx.backends.arena import Arena
-from nnx.backends.base import Feeder
+from nnx.backends.base import Feeder, methods
 from nnx.backends.philox import SHUFFLE, check_seed, generator
 from nnx.data.arrays import check_features
 from nnx.layers import Layer, Step
@@ -246,7 +246,9 @@ class Trainer:
         optimizer = self.optimizer.config() | {"lr": None}
         layers = [_numbers(layer) for layer in self.model.layers()]  # their config may lack some
         own = self.model, self.loss, layers, _numbers(self.loss), optimizer
-        return repr((own, [(type(m), vars(m)) for m in metrics]))
+        parts = (*self._parts, *metrics)
+        code = tuple(f for part in parts for f in methods(part))  # somebody may have put his own in
+        return repr((own, [(type(m), vars(m)) for m in metrics])), code
 
     def _copied(self, key: Hashable, batch: tuple[Array, ...]) -> tuple[Array, ...]:
         """The batch in arrays that stay where they are."""

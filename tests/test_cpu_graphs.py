@@ -451,3 +451,39 @@ def test_single_steps_are_replayed_only_if_asked_for() -> None:
         for _ in range(5):
             trainer.train_step(x.astype(np.float32), t)
     assert found["captured"] == 0
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_method_that_somebody_put_in_is_called_in_every_step(
+    when: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, t = data(128)
+    x = x.astype(np.float32)
+    trainer, calls = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam()), []
+    linear = list(trainer.model.layers())[-1]
+    assert isinstance(linear, nnx.Linear)
+
+    def patch() -> None:
+        forward = nnx.Linear.forward
+
+        def noted(self: Any, *arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            return forward(self, *arguments, **options)
+
+        if where == "class":
+            monkeypatch.setattr(nnx.Linear, "forward", noted)
+        else:
+            monkeypatch.setattr(linear, "forward", noted.__get__(linear))
+
+    if when == "before":
+        patch()
+    with graphs() as found:
+        trainer.fit(x, t, epochs=3, batch_size=32)
+        if when == "between":
+            assert found["captured"] == 1
+            patch()
+            trainer.fit(x, t, epochs=3, batch_size=32)
+        replayed = found["replayed"]
+    assert len(calls) == 13  # fit looks at the shape of one output first
+    assert replayed == (10 if when == "between" else 0)
