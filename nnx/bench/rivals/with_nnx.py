@@ -30,7 +30,7 @@ def wait(result: Any) -> None:
     """Nothing: a call returns when it is done."""
 
 
-def _trainer(sizes: list[int], optimizer: nnx.Optimizer, graph: bool = False) -> nnx.Trainer:
+def _trainer(sizes: list[int], optimizer: nnx.Optimizer, graph: bool | None = None) -> nnx.Trainer:
     gate = sizes[-1] == 1
     model = nnx.mlp(sizes, activation="tanh" if gate else "relu")
     loss = nnx.MeanSquaredError() if gate else nnx.SoftmaxNLL()
