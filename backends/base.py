@@ -477,8 +477,8 @@ class XpBackend:
 
     Attributes:
         graphs: Whether `capture` can work.
-        graphs_unasked: Whether a step that it takes is the same in every respect when replayed, so
-            that nobody need ask for it.
+        graphs_unasked: Whether graphs cost nothing and change nothing, so that `fit` makes them
+            unasked; and anew each time, since they hold its data.
         device: Number of the device; None for the host.
 
     Arrays named `out`, `total`, `dweight`, `dbias`, `z` and `running_...` are written, of an

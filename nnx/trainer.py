@@ -370,6 +370,8 @@ class Trainer:
                     if any(wishes):
                         break
             finally:
+                if self.backend.graphs_unasked:
+                    self._graphs = StepGraphs(self._parts)
                 if bar is not None:
                     bar.close()
         return self.history

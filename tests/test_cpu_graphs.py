@@ -5,9 +5,12 @@ is trained on batches that differ, beside the same without a graph.
 """
 
 import contextlib
+import gc
+import importlib.util
 import sys
 import tracemalloc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -487,3 +490,30 @@ def test_a_method_that_somebody_put_in_is_called_in_every_step(
         replayed = found["replayed"]
     assert len(calls) == 13  # fit looks at the shape of one output first
     assert replayed == (10 if when == "between" else 0)
+
+
+@pytest.mark.parametrize("graph", [None, True])
+def test_what_fit_was_given_is_free_when_it_is_over(graph: bool | None) -> None:
+    x, t = data()
+    x = x.astype(np.float32)
+    trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam(), graph=graph)
+    with graphs() as found:
+        trainer.fit(x, t, epochs=3, batch_size=32)
+    assert found["captured"] == 1
+    there = weakref.ref(x)
+    del x
+    gc.collect()
+    assert there() is None
+
+
+def test_the_extension_may_be_loaded_again() -> None:
+    spec = importlib.util.find_spec("nnx.backends._cpu")
+    assert spec is not None
+    assert spec.loader is not None
+    x = np.array([-1.0, 2.0])
+    for _ in range(5):
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        out = np.empty(2)
+        assert module.relu(x, out)
+        np.testing.assert_array_equal(out, [0, 2])

@@ -295,18 +295,24 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* Adds a function of the module that calls the kernel by way of `call`. */
-static int add_kernel(PyObject *module, PyMethodDef *kernel) {
-    static PyMethodDef doors[64]; /* as long as the process: functions point to them */
-    static size_t n_doors;
-    if (n_doors == sizeof doors / sizeof *doors) {
-        PyErr_SetString(PyExc_SystemError, "nnx.backends._cpu: too many kernels");
-        return -1;
+/* What Python calls a kernel by: `call`, under its name. It lasts as long as the process. */
+static PyMethodDef *door_of(const PyMethodDef *kernel) {
+    static PyMethodDef doors[64];
+    for (size_t i = 0; i < sizeof doors / sizeof *doors; i++) {
+        if (!doors[i].ml_name) {
+            doors[i] = *kernel;
+            doors[i].ml_meth = (PyCFunction)(void (*)(void))call;
+        }
+        if (doors[i].ml_name == kernel->ml_name) /* the module may be loaded more than once */
+            return &doors[i];
     }
-    PyMethodDef *door = &doors[n_doors++];
-    *door = *kernel;
-    door->ml_meth = (PyCFunction)(void (*)(void))call;
-    PyObject *capsule = PyCapsule_New(kernel, NULL, NULL);
+    PyErr_SetString(PyExc_SystemError, "nnx.backends._cpu: too many kernels");
+    return NULL;
+}
+
+static int add_kernel(PyObject *module, PyMethodDef *kernel) {
+    PyMethodDef *door = door_of(kernel);
+    PyObject *capsule = door ? PyCapsule_New(kernel, NULL, NULL) : NULL;
     PyObject *function = capsule ? PyCFunction_NewEx(door, capsule, NULL) : NULL;
     Py_XDECREF(capsule);
     const int error = function ? PyModule_AddObjectRef(module, kernel->ml_name, function) : -1;
