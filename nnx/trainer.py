@@ -496,8 +496,11 @@ class Trainer:
     def predict(self, x: Any, *, batch_size: int = 512) -> np.ndarray:
         """The model's outputs on the host, `(N, ...)` or `(K, N, ...)`: logits for `SoftmaxNLL`."""
         batch_size = _batch_size("predict", batch_size)
-        with self._on_device(batch_size), self._memory("predict", batch_size):
-            features, backend = self._features("predict", x), self.backend
+        features, backend = self._features("predict", x), self.backend
+        with (
+            self._on_device(min(batch_size, len(features))),
+            self._memory("predict", batch_size),
+        ):
             if len(features) <= batch_size:
                 return backend.to_numpy(self.model.forward(backend.asarray(features))[0])
             arena, found = Arena(backend.xp, backend.device), np.empty(0)
