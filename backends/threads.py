@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-SMALL = 1 << 23
+SMALL = 1 << 21
 """Multiply-adds of a forward pass, up to which one thread does all of it."""
 TINY = 1 << 13
 """Multiply-adds up to which one thread does all of it unasked: OpenBLAS cuts nothing so small."""
