@@ -65,7 +65,10 @@ class Graph(Protocol):
     """The device's work of a training step, recorded."""
 
     def launch(self) -> None:
-        """Do it again, on the current stream, without waiting."""
+        """Do what was captured, if the capture hasn't, on the current stream, without waiting."""
+
+    def replay(self, state: StepState) -> None:
+        """Do it again, and count it."""
 
 
 class Feeder(Protocol):
@@ -216,6 +219,7 @@ class Backend(Protocol):
     def capture(
         self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
     ) -> Graph: ...
+    def foreign(self, parts: Iterable[object]) -> str | None: ...
     def places(self, arrays: Iterable[Array | None]) -> Hashable: ...
     def out_of_memory(self, error: BaseException) -> str | None: ...
     def elementwise(self, expression: str, out: Array, **operands: Array | float) -> Array: ...
@@ -606,6 +610,10 @@ class XpBackend:
             CaptureError: The step can't be captured.
         """
         raise CaptureError(f"backend {self.name!r} has no graphs")
+
+    def foreign(self, parts: Iterable[object]) -> str | None:
+        """The name of the first layer, loss, metric or method whose work a graph may lack."""
+        return None
 
     def places(self, arrays: Iterable[Array | None]) -> Hashable:
         """Tells whether a graph would find these arrays where it was captured with them."""

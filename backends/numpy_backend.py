@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from nnx.backends.threads import TINY, Threads
 _OWN = tuple(f"nnx.{name}" for name in ("layers", "losses", "metrics", "optimizers"))
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
-INTERFACE = 3
+INTERFACE = 4
 """That of the extension; one built from older sources has another."""
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BOOL, _INT64 = np.dtype(bool), np.dtype(np.int64)
@@ -78,14 +79,12 @@ class KernelBackend(NumpyBackend):
         self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
     ) -> Graph:
         """As in `XpBackend`: the calls of its kernels, if all that it does is to call kernels."""
-        for part in parts:
-            for other in (type(part), *methods(part)):
-                if not str(getattr(other, "__module__", "")).startswith(_OWN):
-                    name = getattr(other, "__qualname__", repr(other))
-                    raise CaptureError(f"{name} may do on the host what no kernel does")
+        other = self.foreign(parts)
+        if other is not None:
+            raise CaptureError(f"{other} may do on the host what no kernel does")
         calls: list[Any] = []
-        _cpu.record(calls)
         try:
+            _cpu.record(calls)
             work()
         finally:
             _cpu.record(None)
@@ -93,6 +92,17 @@ class KernelBackend(NumpyBackend):
             if isinstance(call, str):
                 raise CaptureError(f"{call} calls NumPy on the host", done=True)
         return _CpuGraph(calls)
+
+    def foreign(self, parts: Iterable[object]) -> str | None:
+        """As in `XpBackend`: the first that isn't the library's."""
+        for part in parts:
+            for other in (type(part), *methods(part)):
+                home = other.__module__ if isinstance(other, type) else ""
+                if isinstance(other, FunctionType):  # its __module__ is what functools.wraps copies
+                    home = other.__globals__.get("__name__", "")
+                if not home.startswith(_OWN):
+                    return str(getattr(other, "__qualname__", other))
+        return None
 
     def gemm(self, a: Array, b: Array, out: Array, *, accumulate: bool = False) -> Array:
         """As in `XpBackend`; small products by a kernel, large ones by BLAS, cut into parts."""
@@ -217,11 +227,8 @@ class KernelBackend(NumpyBackend):
             super().lion(update, beta1=beta1, beta2=beta2)
 
     def _applied(self, kernel: Any, update: Update, settings: tuple[float, ...]) -> bool:
-        """Whether a rule's kernel has updated the vector; if so, the step's loss is in the log."""
-        done: bool = kernel(update, settings)
-        if done:
-            update.state.count()
-        return done
+        """Whether a rule's kernel has updated the vector, logged the loss and counted the step."""
+        return bool(kernel(update, settings))
 
     def dropout(
         self, x: Array, p: float, *, seed: int, stream: int, use: int, state: StepState
@@ -396,13 +403,13 @@ class _CpuGraph:
 
     def __init__(self, calls: list[Any]) -> None:
         self._calls = calls
-        self._done = True
 
     def launch(self) -> None:
-        """Do it; for the first time the capture has."""
-        if self._done:
-            self._done = False
-        elif not _cpu.replay(self._calls):
+        """Nothing: the capture has done it."""
+
+    def replay(self, state: StepState) -> None:
+        """Do it again; the optimizer's kernel counts it."""
+        if not _cpu.replay(self._calls):
             raise RuntimeError("a kernel declined, in a replayed step, what it took before")
 
 

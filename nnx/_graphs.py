@@ -27,16 +27,12 @@ class StepGraphs:
 
     A kind of step is told by a key: everything that its graph would freeze. A step that can't be
     captured runs as it is from then on, after one warning.
-
-    Args:
-        parts: What every step is made of.
     """
 
     LIMIT = 16
     """Graphs kept; the oldest goes first."""
 
-    def __init__(self, parts: Sequence[object]) -> None:
-        self._parts = parts
+    def __init__(self) -> None:
         self._captured: dict[Hashable, _Captured | None] = {}
         self._refused = False
 
@@ -46,7 +42,7 @@ class StepGraphs:
         work: Callable[[], Any],
         state: StepState,
         arena: Arena,
-        metrics: Sequence[object] = (),
+        parts: Callable[[], Sequence[object]],
         *,
         asked: bool = True,
     ) -> None:
@@ -57,7 +53,7 @@ class StepGraphs:
             work: The step.
             state: Counts it.
             arena: Where its arrays are.
-            metrics: What it measures.
+            parts: Tells what it is made of: layers, loss, optimizer, metrics.
             asked: Whether somebody wants a graph, and to know why there is none.
         """
         if self._refused or key not in self._captured:
@@ -68,11 +64,10 @@ class StepGraphs:
             return
         known = self._captured[key]
         if known is not None and known.generation == arena.generation:
-            known.graph.launch()
-            state.count()
+            known.graph.replay(state)
             return
         try:
-            graph = state.backend.capture(work, state, [*self._parts, *metrics])
+            graph = state.backend.capture(work, state, parts())
         except CaptureError as error:
             self._refused = True
             self._captured.clear()
@@ -86,5 +81,5 @@ class StepGraphs:
             if not error.done:
                 work()
             return
-        self._captured[key] = _Captured(graph, arena.generation)
         graph.launch()
+        self._captured[key] = _Captured(graph, arena.generation)

@@ -18,6 +18,7 @@ from nnx.backends import Array, Backend, OutOfMemory, StepState, backend_of, res
 from nnx.backends.arena import Arena
 from nnx.backends.base import Feeder, methods
 from nnx.backends.philox import SHUFFLE, check_seed, generator
+from nnx.backends.threads import TINY
 from nnx.data.arrays import check_features
 from nnx.layers import Layer, Step
 from nnx.losses import Loss
@@ -65,6 +66,9 @@ class Callback:
 
     def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> bool | None:
         """Called after each epoch with its row of the history; True ends the training."""
+
+
+_NO_STEP_END = Callback.on_step_end
 
 
 class Trainer:
@@ -137,11 +141,11 @@ class Trainer:
         self.epoch = 0
         self.graph = graph
         self._arena = Arena(target.xp, target.device)
-        self._parts = [*model.layers(), loss, optimizer]
         self._buffers = [(layer, n) for layer in model.layers() for n in layer.buffer_names]
-        self._graphs = StepGraphs(self._parts)
+        self._graphs = StepGraphs()
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._totals: dict[Hashable, Array] = {}
+        self._frozen: Hashable = None  # settings of the model and the rest, as graphs have them
         self._lent: Array = None  # the loss log of which `train_step` last returned a view
 
     @property
@@ -163,27 +167,42 @@ class Trainer:
             The loss before the update, 0-d or `(K,)`, on the device; nothing waits for it.
         """
         batch = (x, t) if weight is None else (x, t, weight)
-        with self._on_device(len(x)), self._memory("train_step", len(x)):
+        captures = self._captures()
+        rows = x.size // x.shape[-1] if x.ndim > 2 and x.size else len(x)
+        with self._on_device(rows, captures), self._memory("train_step", len(x)):
             steps = self._begin()
             self._lent = steps.log
             logged = steps.log[steps.position, ...]
             shapes, kind = tuple([(a.shape, a.dtype.char) for a in batch]), None
-            if self._captures():
+            if captures:
                 batch = self._copied(shapes, batch)  # a graph reads where it was told to
                 kind = self._places(batch)
             self._run(shapes, kind, self._train, batch)
             return logged
 
-    def _on_device(self, n: int) -> contextlib.AbstractContextManager[Any]:
-        """The context for work in batches of n samples."""
-        return self.backend.activate(self.vector.value.size * n)
+    def _on_device(self, n: int, captures: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """The context for work in batches of n samples.
 
-    def _captures(self, alone: bool = False) -> bool:
-        """Whether steps are captured; `alone`: nobody can look on or change anything in between."""
+        What is captured in it may be larger than it seems, and is to be replayed in one like it.
+        """
+        work = self.vector.value.size * n
+        return self.backend.activate(max(work, TINY + 1) if captures else work)
+
+    def _parts(self, metrics: Iterable[Metric] = ()) -> list[object]:
+        """What a step is made of."""
+        return [*self.model.layers(), self.loss, self.optimizer, *metrics]
+
+    def _captures(
+        self, callbacks: Sequence[Callback] | None = None, metrics: Iterable[Metric] = ()
+    ) -> bool:
+        """Whether steps are captured: if asked for, else in `fit`, where nobody could notice."""
         if self.graph is not None:
             return self.graph and self.backend.graphs
-        watched = sys.gettrace() is not None or sys.getprofile() is not None
-        return alone and self.backend.graphs_unasked and not watched
+        if callbacks is None or not self.backend.graphs_unasked or _watched():
+            return False
+        ends = [getattr(c.on_step_end, "__func__", None) for c in callbacks]
+        idle = all(end is _NO_STEP_END for end in ends)
+        return idle and self.backend.foreign(self._parts(metrics)) is None
 
     def _begin(self) -> StepState:
         """Make everything ready for a step."""
@@ -196,7 +215,7 @@ class Trainer:
     def _forget(self) -> None:
         """Give back what steps have asked for."""
         self._arena = Arena(self.backend.xp, self.backend.device)
-        self._graphs, self._inputs = StepGraphs(self._parts), {}
+        self._graphs, self._inputs = StepGraphs(), {}
 
     def _run(
         self,
@@ -225,8 +244,11 @@ class Trainer:
                     work(*arguments)
                 else:
                     self.vector.begin_step()  # a replayed step doesn't run `_train`
-                    step = functools.partial(work, *arguments)
-                    self._graphs.run(kind, step, steps, arena, metrics, asked=bool(self.graph))
+                    step, parts = (
+                        functools.partial(work, *arguments),
+                        functools.partial(self._parts, metrics),
+                    )
+                    self._graphs.run(kind, step, steps, arena, parts, asked=bool(self.graph))
         except BaseException:
             if steps.number == number:
                 for a, before in kept:
@@ -243,11 +265,11 @@ class Trainer:
 
     def _settings(self, metrics: Iterable[Metric]) -> Hashable:
         """What a captured step would freeze besides places."""
-        optimizer = self.optimizer.config() | {"lr": None}
+        made = {n: v for n, v in vars(self.optimizer).items() if n[0] != "_"}
+        optimizer = type(self.optimizer), made
         layers = [_numbers(layer) for layer in self.model.layers()]  # their config may lack some
         own = self.model, self.loss, layers, _numbers(self.loss), optimizer
-        parts = (*self._parts, *metrics)
-        code = tuple(f for part in parts for f in methods(part))  # somebody may have put his own in
+        code = tuple(f for part in self._parts(metrics) for f in methods(part))
         return repr((own, [(type(m), vars(m)) for m in metrics])), code
 
     def _copied(self, key: Hashable, batch: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -335,20 +357,17 @@ class Trainer:
                     f"fit: drop_last leaves nothing of {data.n} samples in batches of {batch_size}"
                 )
             held_out = None if validation is None else self._data("fit (validation)", *validation)
-            metrics = self._metrics(metrics)
+            metrics = [*self._metrics(metrics)]
             bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
-            alone = all(type(c).on_step_end is Callback.on_step_end for c in callbacks)
-            settings: Hashable = None
+            captures: bool | None = None
             try:
                 for _ in range(epochs):
-                    if not self._captures(alone):
-                        settings = None
-                    elif settings is None or callbacks:  # which may have changed some
-                        settings = self._settings(metrics)
+                    if captures is None or callbacks:  # which may have changed anything
+                        captures, self._frozen = self._captures(callbacks, metrics), None
                     data = data.on(self.backend)  # a callback may have moved the model
                     readings = [
                         self._fit_epoch(
-                            data, n, batch_size, metrics, callbacks, shuffle, bar, settings
+                            data, n, batch_size, metrics, callbacks, shuffle, bar, captures
                         )
                     ]
                     if held_out is not None:
@@ -371,7 +390,7 @@ class Trainer:
                         break
             finally:
                 if self.backend.graphs_unasked:
-                    self._graphs = StepGraphs(self._parts)
+                    self._graphs = StepGraphs()
                 if bar is not None:
                     bar.close()
         return self.history
@@ -385,15 +404,14 @@ class Trainer:
         callbacks: Sequence[Callback],
         shuffle: bool,
         bar: Any,
-        settings: Hashable,
+        captures: bool,
     ) -> _Reading:
-        """An epoch; `settings` are what its graphs would freeze besides places, None for none."""
         order = np.arange(data.n)
         if shuffle:
             order = generator(self.seed, SHUFFLE, step=self.epoch).permutation(data.n)
         order = order[:n]
         starts = np.arange(0, n, batch_size)
-        steps, captures = self.optimizer.steps, settings is not None
+        steps = self.optimizer.steps
         kept = captures and steps.uploaded and steps.log is not self._lent
         self.optimizer.plan(len(starts), order, fresh_log=not kept)
         log = steps.log
@@ -402,8 +420,10 @@ class Trainer:
         feeder = None if data.resident else data.feeder(batch_size)
         kind: Hashable = None
         if captures:
+            if self._frozen is None or callable(self.optimizer.lr):  # a schedule may do anything
+                self._frozen = self._settings(metrics)
             there = self._places([*(total for _, total in totals), *data.arrays])
-            kind = settings, batch_size, there
+            kind = self._frozen, batch_size, there
         for start in range(0, n, batch_size):
             size = min(batch_size, n - start)
             self._begin()
@@ -498,7 +518,7 @@ class Trainer:
         batch_size = _batch_size("predict", batch_size)
         features, backend = self._features("predict", x), self.backend
         with (
-            self._on_device(min(batch_size, len(features))),
+            self._on_device(min(batch_size, len(features)), captures=features.ndim > 2),
             self._memory("predict", batch_size),
         ):
             if len(features) <= batch_size:
@@ -691,7 +711,15 @@ def _narrower(a: Array) -> str:
 
 def _numbers(a: object) -> dict[str, Any]:
     """The attributes that a graph would freeze."""
-    return {name: value for name, value in vars(a).items() if isinstance(value, (int, float))}
+    kinds = (int, float, str, tuple, type(None))
+    return {name: value for name, value in vars(a).items() if isinstance(value, kinds)}
+
+
+def _watched() -> bool:
+    """Whether a debugger or profiler looks on."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = [] if monitoring is None else [monitoring.get_tool(i) for i in range(6)]
+    return any(tools) or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 def _batch_size(who: str, n: Any) -> int:

@@ -5,15 +5,18 @@ is trained on batches that differ, beside the same without a graph.
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import sys
+import threading
 import tracemalloc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -358,17 +361,17 @@ def test_an_error_in_a_captured_step_ends_the_recording() -> None:
 
 def test_a_kernel_that_declines_in_a_replay_is_an_error() -> None:
     backend = get_backend("numpy")
-    out, x = np.zeros(4, np.float32), np.arange(4, dtype=np.float32)
+    out, x, state = np.zeros(4, np.float32), np.arange(4, dtype=np.float32), backend.step_state()
     backend.elementwise("x + x", out, x=x)
-    graph = backend.capture(lambda: backend.elementwise("x + x", out, x=x), backend.step_state())
+    graph = backend.capture(lambda: backend.elementwise("x + x", out, x=x), state)
     x += 1
     graph.launch()  # the capture has done it
     np.testing.assert_array_equal(out, [0, 2, 4, 6])
-    graph.launch()
+    graph.replay(state)
     np.testing.assert_array_equal(out, [2, 4, 6, 8])
     x.flags.writeable = out.flags.writeable = False
     with pytest.raises(RuntimeError, match="a kernel declined"):
-        graph.launch()
+        graph.replay(state)
 
 
 @pytest.mark.parametrize(
@@ -517,3 +520,187 @@ def test_the_extension_may_be_loaded_again() -> None:
         out = np.empty(2)
         assert module.relu(x, out)
         np.testing.assert_array_equal(out, [0, 2])
+
+
+def test_a_step_is_counted_by_the_call_that_does_it() -> None:
+    """Ctrl-C comes between two lines of Python, and there is none in between."""
+    cpu: Any = numpy_backend.CPU
+    trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam(), graph=True)
+    x, t = data(32)
+    for _ in range(3):
+        trainer.train_step(x.astype(np.float32), t)
+    state = trainer.optimizer.steps
+    (captured,) = trainer._graphs._captured.values()
+    before, loss = trainer.vector.value.copy(), state.log[state.position]
+    assert np.isnan(loss)
+    assert captured is not None
+    assert cpu.replay(captured.graph._calls)  # type: ignore[attr-defined]
+    assert (state.number, state.position) == (4, 4)
+    assert np.isfinite(state.log[3])
+    assert (trainer.vector.value != before).any()
+
+
+class Twice(nnx.SoftmaxNLL):
+    """Its gradient doubled, on the host."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        loss, gradient = super().__call__(*arguments, **options)
+        return loss, None if gradient is None else gradient * 2
+
+
+class Change(nnx.Callback):
+    """Does something after the first epoch."""
+
+    def __init__(self, what: Callable[[nnx.Trainer], Any]) -> None:
+        self.what = what
+
+    def on_epoch_end(self, trainer: nnx.Trainer, record: dict[str, Any]) -> None:
+        if trainer.epoch == 1:
+            self.what(trainer)
+
+
+def _wrapped(trainer: nnx.Trainer) -> None:
+    """Puts a function into the last layer that says it is the library's."""
+    layer = list(trainer.model.layers())[-1]
+    forward, n = layer.forward, [0]
+
+    @functools.wraps(forward)
+    def noisy(x: Array, *, step: Any = None) -> Any:
+        y, saved = forward(x, step=step)
+        n[0] += 1
+        return y + np.float32(0.01 * n[0]), saved
+
+    layer.forward = noisy  # type: ignore[method-assign]
+
+
+CHANGES: dict[str, Callable[[nnx.Trainer], Any]] = {
+    "loss": lambda trainer: setattr(trainer, "loss", Twice()),
+    "wrapped method": _wrapped,
+    "clip_norm 0": lambda trainer: setattr(trainer.optimizer, "clip_norm", 0.0),
+    "clip_value 0": lambda trainer: setattr(trainer.optimizer, "clip_value", 0.0),
+    "amsgrad": lambda trainer: setattr(trainer.optimizer, "amsgrad", False),
+    "decoupled": lambda trainer: setattr(trainer.optimizer, "decoupled", True),
+    "weight_decay": lambda trainer: setattr(trainer.optimizer, "weight_decay", 0.1),
+    "label_smoothing": lambda trainer: setattr(trainer.loss, "label_smoothing", 0.2),
+    "slope": lambda trainer: setattr(trainer.loss, "slope", "2 * e"),
+}
+
+
+@pytest.mark.parametrize("when", ["after an epoch", "before"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_is_changed_counts_from_the_next_epoch_on(what: str, when: str) -> None:
+    x, t = data()
+    runs = []
+    for graph in (False, None):
+        loss: nnx.Loss = nnx.SoftmaxNLL()
+        if what == "slope":
+            loss, t = nnx.MeanAbsoluteError(), np.random.default_rng(3).standard_normal((150, 5))
+        optimizer = nnx.AMSGrad(0.01, weight_decay=0.05)
+        trainer = nnx.Trainer(classifier(), loss, optimizer, graph=graph)
+        if when == "before":
+            trainer.fit(x, t, batch_size=32)
+            CHANGES[what](trainer)
+            trainer.fit(x, t, epochs=2, batch_size=32)
+        else:
+            trainer.fit(x, t, epochs=3, batch_size=32, callbacks=[Change(CHANGES[what])])
+        runs.append(trainer)
+    same(*runs)
+
+
+def test_callbacks_of_any_kind_that_look_on_after_a_step_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slower(trainer: nnx.Trainer) -> None:
+        for layer in trainer.model.layers():
+            if isinstance(layer, nnx.Dropout):
+                layer.p = 0.01 * trainer.optimizer.steps.position
+
+    own = nnx.Callback()
+    own.on_step_end = slower  # type: ignore[method-assign]
+    bare = SimpleNamespace(on_step_end=slower, on_epoch_end=lambda trainer, record: None)
+    for callback in (own, bare, None):
+        runs = []
+        callbacks: list[Any] = [callback or nnx.Callback()]
+        if callback is None:
+            monkeypatch.setattr(nnx.Callback, "on_step_end", lambda self, trainer: slower(trainer))
+        for graph in (False, None):
+            trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam(), graph=graph)
+            trainer.fit(*data(), epochs=3, batch_size=32, callbacks=callbacks)
+            runs.append(trainer)
+        same(*runs)
+
+
+class Odd(Doubled):
+    """Can't be described, and is not asked to be."""
+
+    def config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Kept(Mean):
+    """Keeps what it has started with, and no attributes."""
+
+    __slots__ = ()
+    totals: ClassVar[list[Any]] = []
+
+    def start(self, backend: Any, n_models: int | None) -> Array:
+        self.totals.append(super().start(backend, n_models))
+        return self.totals[-1]
+
+    def result(self, total: np.ndarray, n: int) -> float:
+        return float(self.totals[-1])
+
+
+def test_strange_parts_are_as_good_as_they_were() -> None:
+    def model() -> nnx.Layer:
+        rng = np.random.default_rng(0)
+        return nnx.Sequential(nnx.Linear(20, 8, rng=rng), Odd(), nnx.Linear(8, 5, rng=rng))
+
+    runs = []
+    for graph in (False, None):
+        Kept.totals.clear()
+        trainer = nnx.Trainer(model(), nnx.SoftmaxNLL(), nnx.Adam(), graph=graph)
+        metrics = (metric for metric in (nnx.Accuracy(), Kept()))
+        trainer.fit(*data(), epochs=3, batch_size=32, metrics=metrics)  # type: ignore[arg-type]
+        assert {"accuracy", "mean"} <= trainer.history.keys()
+        runs.append(trainer)
+    same(*runs)
+
+
+def test_a_profiler_of_python_3_12_looks_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = SimpleNamespace(get_tool=lambda i: "cProfile" if i == 2 else None)
+    monkeypatch.setattr(sys, "monitoring", tools, raising=False)
+    trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam())
+    with graphs() as found:
+        trainer.fit(*data(), epochs=2, batch_size=32)
+        tools.get_tool = lambda i: None
+        assert found["captured"] == 0
+        trainer.fit(*data(), epochs=2, batch_size=32)
+    assert found["captured"] == 1
+
+
+def test_large_products_of_a_small_model_go_on_when_another_thread_is_done() -> None:
+    """Of `(N, T, n)` each sample is T rows, more than a number of samples tells."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((96, 600, 8)).astype(np.float32)
+    with ThreadPoolExecutor(1) as pool:
+        other = nnx.Trainer(nnx.mlp([20, 300, 5]), nnx.SoftmaxNLL(), nnx.Adam())
+        started = threading.Event()
+
+        def train() -> None:
+            started.set()
+            other.fit(*data(), epochs=30, batch_size=50)
+
+        for graph in (None, True):
+            trainer = nnx.Trainer(
+                nnx.mlp([8, 8, 8]), nnx.MeanSquaredError(), nnx.SGD(0.01), graph=graph
+            )
+            busy = pool.submit(train)
+            started.wait()
+            for _ in range(20):
+                if graph:
+                    trainer.train_step(x[:4], x[:4])
+                else:
+                    trainer.fit(x, x, batch_size=4)
+            busy.result()
+            trainer.fit(x, x, batch_size=4)

@@ -93,6 +93,13 @@ int integer_of(PyObject *object, int name, int64_t *integer) {
     return 0;
 }
 
+int set_integer(PyObject *object, int name, int64_t integer) {
+    PyObject *value = PyLong_FromLongLong(integer);
+    const int error = value ? PyObject_SetAttr(object, names[name], value) : -1;
+    Py_XDECREF(value);
+    return error;
+}
+
 static PyObject *py_layout(ARGUMENTS) {
     if (n_args != 1 || Py_TYPE(args[0]) != ndarray)
         Py_RETURN_NONE;

@@ -61,9 +61,11 @@ PyObject *attribute_of(PyObject *object, int name);
 /* The same of one that is an integer; 0 if there is none. A call that is to be done again in another
  * step is given the step's `StepState`, which it asks for the step's numbers. */
 int integer_of(PyObject *object, int name, int64_t *integer);
+/* Sets it; -1 and an error where that fails. */
+int set_integer(PyObject *object, int name, int64_t integer);
 
 /* To be raised with every change of what Python finds here; INTERFACE of numpy_backend.py. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 4 };
 
 #define DONE Py_RETURN_TRUE
 #define NOT_MINE Py_RETURN_FALSE

@@ -80,7 +80,8 @@ static int enter(PyObject *log, int64_t position, PyObject *loss) {
     return error;
 }
 
-/* An optimizer's operation, of which the step's number, rate and place in the log are its state's. */
+/* An optimizer's operation, of which the step's number, rate and place in the log are its state's;
+ * it ends by counting the step. */
 static int apply(PyObject *update, PyObject *settings, const Rule *rule, Held *held) {
     UpdateArgs a = {0};
     const Array *value = read_update(update, &a, held);
@@ -122,7 +123,12 @@ static int apply(PyObject *update, PyObject *settings, const Rule *rule, Held *h
     const double ns = rule->ns * (dtype_of(value) == F64 ? 2.5 : 1);
     run(rule->kernel[dtype_of(value)], &a, a.models * a.size, ns);
     PyObject *loss = PyTuple_GetItem(update, LOSS);
-    return loss == Py_None || enter(held->log, position, loss) == 0 ? 1 : -1;
+    if (loss != Py_None && enter(held->log, position, loss) < 0)
+        return -1;
+    /* counted here: after a return to Python Ctrl-C may come between */
+    const int error = set_integer(state, NAME_NUMBER, number + 1) ||
+                      set_integer(state, NAME_POSITION, position + 1);
+    return error ? -1 : 1;
 }
 
 static PyObject *applied(PyObject *const *args, Py_ssize_t n_args, Rule rule) {
