@@ -26,8 +26,7 @@ from nnx.backends.threads import TINY, Threads
 _OWN = tuple(f"nnx.{name}" for name in ("layers", "losses", "metrics", "optimizers"))
 _NOTHING = contextlib.nullcontext()
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
-INTERFACE = 4
-"""That of the extension; one built from older sources has another."""
+INTERFACE = 4  # of the extension; one built from older sources has another
 _SQUARES = 4096  # elements whose squares `condition` adds up at a time, as in cpu/optimizers.h
 _BOOL, _INT64 = np.dtype(bool), np.dtype(np.int64)
 

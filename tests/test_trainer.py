@@ -1,5 +1,6 @@
 """The training loop: it learns, repeats bit for bit, and counts every sample for what it weighs."""
 
+import contextlib
 import csv
 import math
 import tracemalloc
@@ -632,7 +633,8 @@ def test_ctrl_c_between_an_update_and_its_count(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(trainer.optimizer.steps), "count", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        in_c = backend.graphs_unasked  # where the kernel has counted, there is no line in between
+        with contextlib.nullcontext() if in_c else pytest.raises(KeyboardInterrupt):
             trainer.train_step(*there)
     for _ in range(3):
         expected = trainer.evaluate(x, t)["loss"]
