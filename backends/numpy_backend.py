@@ -78,8 +78,7 @@ class KernelBackend(NumpyBackend):
         self, work: Callable[[], Any], state: StepState, parts: Iterable[object] = ()
     ) -> Graph:
         """As in `XpBackend`: the calls of its kernels, if all that it does is to call kernels."""
-        other = self.foreign(parts)
-        if other is not None:
+        if (other := self.foreign(parts)) is not None:
             raise CaptureError(f"{other} may do on the host what no kernel does")
         calls: list[Any] = []
         try:
