@@ -142,6 +142,7 @@ class Trainer:
         self.graph = graph
         self._arena = Arena(target.xp, target.device)
         self._buffers = [(layer, n) for layer in model.layers() for n in layer.buffer_names]
+        self._stepped = loss  # that of the last step
         self._graphs = StepGraphs()
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._totals: dict[Hashable, Array] = {}
@@ -207,8 +208,9 @@ class Trainer:
     def _begin(self) -> StepState:
         """Make everything ready for a step."""
         steps = self.optimizer.planned()
-        if self._step.state is not steps:  # the first step, or the model has moved
-            self._step.state = steps
+        if self._step.state is not steps or self._stepped is not self.loss:
+            # the first step; or the model has moved, or another loss or optimizer is here
+            self._step.state, self._stepped = steps, self.loss
             self._forget()
         return steps
 

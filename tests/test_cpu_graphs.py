@@ -704,3 +704,16 @@ def test_large_products_of_a_small_model_go_on_when_another_thread_is_done() -> 
                     trainer.fit(x, x, batch_size=4)
             busy.result()
             trainer.fit(x, x, batch_size=4)
+
+
+def test_single_steps_have_the_loss_that_is_there() -> None:
+    x, t = data(32)
+    runs = []
+    for graph in (False, True):
+        trainer = nnx.Trainer(classifier(), nnx.SoftmaxNLL(), nnx.Adam(warmup), graph=graph)
+        for i in range(12):
+            if i in (4, 8):
+                trainer.loss = nnx.SoftmaxNLL(label_smoothing=0.1 * i)
+            trainer.train_step(x.astype(np.float32), t)
+        runs.append(trainer)
+    same(*runs)
