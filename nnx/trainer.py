@@ -246,10 +246,8 @@ class Trainer:
                     work(*arguments)
                 else:
                     self.vector.begin_step()  # a replayed step doesn't run `_train`
-                    step, parts = (
-                        functools.partial(work, *arguments),
-                        functools.partial(self._parts, metrics),
-                    )
+                    step = functools.partial(work, *arguments)
+                    parts = functools.partial(self._parts, metrics)
                     self._graphs.run(kind, step, steps, arena, parts, asked=bool(self.graph))
         except BaseException:
             if steps.number == number:

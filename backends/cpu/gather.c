@@ -92,6 +92,6 @@ static PyObject *py_gather_rows(ARGUMENTS) {
 }
 
 PyMethodDef gather_methods[] = {
-    METHOD(gather_rows, "gather_rows(sources, state, batch_size, outs): rows order[position * batch_size...]"),
+    METHOD(gather_rows, "gather_rows(sources, state, batch_size, outs): the rows of the state's step"),
     {NULL, NULL, 0, NULL},
 };
